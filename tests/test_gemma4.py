@@ -38,16 +38,23 @@ def gemma(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "formats"),
-    [("lora", ["adapter", "bf16", "int4_gptq"]), ("qlora", ["bf16", "fp8"]), ("full", ["bf16", "int4"])],
+    ("method", "formats", "more"),
+    [
+        ("lora", ["adapter", "bf16", "int4_gptq"], ["activation_checkpointing=selective"]),
+        ("qlora", ["bf16", "fp8"], ["activation_checkpointing=selective"]),
+        ("full", ["bf16", "int4"], ["activation_checkpointing=selective"]),
+        ("full", ["bf16"], ["activation_checkpointing=full", "hardware.count=2", "sharding=fsdp"]),
+    ],
 )
-def test_every_stage_runs_and_the_export_is_the_model_as_trained(method, formats, gemma, tmp_path, monkeypatch) -> None:
+def test_every_stage_runs_and_the_export_is_the_model_as_trained(
+    method, formats, more, gemma, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setenv("LOADMASTER_CACHE", str(tmp_path / "cache"))
     console = Console(file=io.StringIO(), width=120)
     limits = ", ".join(f"{name}: {LOOSE}" for name in formats if name != "adapter")
     composed = compose([
         f"model.path={gemma}", f"run_dir={tmp_path / 'run'}", *SCALED_DOWN, f"method={method}",
-        "activation_checkpointing=selective", f"export.formats=[{','.join(formats)}]",
+        *more, f"export.formats=[{','.join(formats)}]",
         f"export.thresholds={{{limits}}}",
     ])
     assert run(composed, console) == 0, console.file.getvalue()

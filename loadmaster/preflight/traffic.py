@@ -45,6 +45,8 @@ def kinds(shape: ModelShape, setup: Setup, experts: bool) -> list[tuple[bool, Pa
         (four, NONE, Passes(hidden=4 if fp8 and not whole else 8)),
         (shape.query_key_norm, NONE, Passes(query=1, key_value=1)),
         (shape.late_norm, Passes(query=1, key_value=1), NONE),  # after all products: a kernel before rotary's
+        (shape.value_norm and not shape.keys_as_values, Passes(key_value=3), Passes(key_value=4)),
+        (shape.value_norm and shape.keys_as_values, Passes(key_value=2), Passes(key_value=2)),  # read once for both
         (shape.norms_after, Passes(hidden=-3), Passes(hidden=1 if whole else 3)),  # what products read is given
         (shape.scaled_residual, NONE, Passes(hidden=3)),  # what products are given is written besides
         (shape.fused, NONE, Passes(query=2, key_value=2, between=2)),  # gradients of its parts are joined

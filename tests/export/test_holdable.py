@@ -17,7 +17,7 @@ from loadmaster.config.schema import EndpointConfig, ExportConfig, Job, ModelCon
 from loadmaster.errors import ConfigError, ExportRejected
 from loadmaster.export import refuse_unholdable
 from loadmaster.export.build import NVFP4, streamed
-from loadmaster.export.servers import aimed_at
+from loadmaster.export.servers import aimed_at, model_config
 from loadmaster.preflight.config_json import find_shape, from_config
 from loadmaster.preflight.exports import refuse_unholdable as refuse_by_shape
 from loadmaster.preflight.exports import unholdable
@@ -25,6 +25,8 @@ from loadmaster.preflight.exports import unholdable
 QUANTIZED = ("fp8", "fp8_block", "int4", "int4_gptq", "int4_awq", "nvfp4")
 FORMATS = ("adapter", "bf16", *QUANTIZED, "gguf")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+GEMMA_4 = {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 64,
+           "hidden_size_per_layer_input": 0}
 MODELS = {
     "llama": {},
     "llama of 128": {"hidden_size": 128, "head_dim": 64},
@@ -33,6 +35,7 @@ MODELS = {
     "qwen3": {},
     "phi3": {"pad_token_id": 0},
     "gemma2": {"sliding_window": 64},
+    "gemma4_text": GEMMA_4,
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": EXPERTS,
 }
@@ -40,6 +43,7 @@ REFUSED = {
     "llama": {"fp8_block"}, "llama of 128": set(), "llama of 40": set(QUANTIZED) - {"fp8"},
     "llama of 16": set(QUANTIZED) - {"fp8", "nvfp4"}, "qwen3": {"fp8_block"},
     "phi3": {"fp8_block", "gguf"}, "gemma2": {"fp8_block", "gguf"},
+    "gemma4_text": {"fp8_block", "gguf", "int4_awq"},
     "mixtral": {*QUANTIZED, "gguf"}, "qwen3_moe": {*QUANTIZED, "gguf"},
 }
 
@@ -65,6 +69,14 @@ def test_the_plan_and_the_export_refuse_the_same(model, name: str) -> None:
             streamed([name], folder, aimed_at("vllm"))
     else:
         streamed([name], folder, aimed_at("vllm"))
+
+
+def test_exports_of_gemma_4_have_the_sizes_of_heads_by_both_names() -> None:
+    written = json.loads(AutoConfig.for_model("gemma4_text", num_attention_heads=4, **GEMMA_4).to_json_string())
+    found = model_config(written, aimed_at("vllm"))
+    assert "global_head_dim" not in written and found["per_layer_config"] == written["per_layer_config"]
+    assert (found["global_head_dim"], found["num_global_key_value_heads"]) == (32, 1)
+    assert AutoConfig.for_model(**found).to_dict() == AutoConfig.for_model(**written).to_dict()
 
 
 def test_a_base_whose_tokenizer_gguf_cannot_hold_is_refused_before_it_is_trained(tiny: Path, tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ def test_memory_is_that_of_a_tensor_although_all_lie_in_one_file(tmp_path):
 FAMILIES = {
     "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {"head_dim": 32}, "phi3": {"pad_token_id": 0},
     "gemma2": {"head_dim": 32}, "gemma3_text": {"head_dim": 32}, "gpt_neox": {},
+    "gemma4_text": {"head_dim": 32, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
 }
 SMALL = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -35,6 +35,10 @@ PHI = {
 }
 
 
+GEMMA4 = {  # heads of one size in both kinds of layers, so that each is like the others
+    **GEMMA3, "model_type": "gemma4_text", "global_head_dim": 256, "hidden_size_per_layer_input": 0,
+    "layer_types": ["full_attention"] * 2,
+}
 GEMMA2 = {
     "model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_attention_heads": 16,
     "num_key_value_heads": 8, "head_dim": 256, "sliding_window": 4096, "hidden_activation": "gelu_pytorch_tanh",
@@ -129,8 +133,8 @@ def test_layers_assemble_for_a_gpu_and_move_what_the_preflight_counts(
     ("config", "method", "precision", "fields"),
     [
         *((config, method, "bf16", {}) for method in ("lora", "full")
-          for config in (GEMMA2, GEMMA3, PHI, PHI_MINI, QWEN2, QWEN3, MINISTRAL3, GRANITE, GEMMA, OLMO2, EXAONE4,
-                         ARCEE)),
+          for config in (GEMMA2, GEMMA3, GEMMA4, PHI, PHI_MINI, QWEN2, QWEN3, MINISTRAL3, GRANITE, GEMMA, OLMO2,
+                         EXAONE4, ARCEE)),
         *((config, method, "fp8", {}) for method in ("lora", "full") for config in (GEMMA3, PHI, QWEN3)),
         *((config, method, "fp8", {}) for method in ("lora", "full") for config in (OLMO2, ARCEE)),
         *((config, "lora", "bf16", {"lora_targets": ATTENTION}) for config in (MIXTRAL, QWEN3_MOE)),
