@@ -13,10 +13,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loadmaster import catalog
-from loadmaster.config.schema import ModelConfig
+from loadmaster.config.schema import HardwareConfig, Job, ModelConfig
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.preflight.config_json import base_name, find_config, find_shape, from_config
 from loadmaster.preflight.families import FAMILIES, TOWERS_AND_ALL, UNGATED
+from loadmaster.preflight.make import make_plan
 from loadmaster.preflight.multimodal import FLAT, TIED, WRAPPED, language_model
 from loadmaster.preflight.serving_model import model_and_config
 
@@ -189,6 +190,18 @@ def test_the_dense_gemma_4_is_counted_exactly(whole, tmp_path) -> None:
     assert shape.lora_parameters(16, "v_proj") == 50 * 16 * (5376 + 4096)  # layers that see everything have none
     windows = {None: 8192 / 2, 1024: 1024 - 1024**2 / (2 * 8192)}
     assert shape.attention_width(8192) == 50 * windows[1024] * 32 * 256 + 10 * windows[None] * 32 * 512
+
+
+def test_heads_that_flash_kernels_do_not_take_are_told_and_refused_where_layers_have_windows(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA_4_31B))
+    model = ModelConfig(name="x", path=str(tmp_path))
+    for gpu, told in (("h100_80gb", 1), ("cpu", 0)):
+        job = Job(model=model, hardware=HardwareConfig(gpu=gpu), method="qlora", sequence_length=512)
+        said = [reason for reason in make_plan(job).reasons if "upper bound" in reason and "512 numbers" in reason]
+        assert len(said) == told and all(reason.startswith("10 of its 60 layers") for reason in said)
+    (tmp_path / "config.json").write_text(json.dumps({**GEMMA_4_31B, "head_dim": 512}))
+    with pytest.raises(ConfigError, match="windows in layers with heads of 512 numbers"):
+        find_shape(model)
 
 
 @pytest.mark.parametrize("more", [{}, {"attention_k_eq_v": False}, {"num_global_key_value_heads": None},
