@@ -154,6 +154,11 @@ class ModelShape:
         return layer in self.global_at or self.has_experts(layer)
 
     @cached_property
+    def seconds(self) -> tuple[bool, ...]:
+        """Of each layer, whether it is of the second kind."""
+        return tuple(map(self.is_second, range(self.layers)))
+
+    @cached_property
     def layer_kinds(self) -> tuple[tuple[bool, int], ...]:
         """(whether it is the second, how many layers) of each kind of layer that there is."""
         second = len(self.global_at) or self.expert_layers

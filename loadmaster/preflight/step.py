@@ -1,21 +1,18 @@
 """A whole training step or evaluation batch on a replay tape: its peak by component, and its work.
 
-All layers of a kind are equal, so the first, the second and the last are replayed, and what lies between them
-is held as one block: between two layers the live bytes change by the same amount each time, so the peak is in
-one of the three. Sharded, or stepped in the backward pass, the last but one is replayed as well: in its backward pass,
-and not before, the gradients of another layer are on their way, or wait. Where the first layers are checkpointed and
-the last ones are not, or layers are of two kinds, each run of layers that are alike is replayed so.
+Of layers that are alike a few are replayed one by one (alike.py).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import groupby
 
 from loadmaster.preflight import saved
+from loadmaster.preflight.alike import HEAD_LAYERS, Alike, Kind, Place, places, stand_in
 from loadmaster.preflight.attending import attention_blocks, attention_scratch
 from loadmaster.preflight.blocks import Blocks, Weights
 from loadmaster.preflight.compiled import in_backward_bytes, kept_bytes
@@ -26,8 +23,6 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.units import Units
 
-HEAD_LAYERS = 2
-"""Replayed before the block."""
 PHASES = ("loss", "head", "layers", "first", "embedding", "end")
 """Of a training step: forward up to the loss's own backward function; what lies between the loss and the layers; the
 backward passes of the layers but the first two; those of these; of the embedding; and when all is done. A phase begins
@@ -125,81 +120,23 @@ def _evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool) -> Replay
     return Replayed(tape.peak, dict(tape.at_peak), done(tape.work), {})
 
 
-def _runs(b: Blocks) -> list[_Middle]:
-    """Decoder layers one after another that are alike, and checkpointed in the same way."""
+def _places(b: Blocks) -> tuple[tuple[Place, ...], dict[Alike, Kind]]:
+    """The decoder layers that are replayed, and what is known of each kind of them."""
     shape, setup = b.shape, b.setup
     first_kept = shape.layers - setup.layers_kept(shape)
-    layers = [(shape.is_second(i), "none" if i >= first_kept else setup.checkpointing) for i in range(shape.layers)]
-    runs = [(*alike, len(list(group))) for alike, group in groupby(layers)]
-    return [_Middle(b.of_kind(second), second, kind, count) for second, kind, count in runs]
+    each = [[Alike(second, kind) for second in (False, True)] for kind in (setup.checkpointing, "none")]
+    layers = tuple(each[i >= first_kept][second] for i, second in enumerate(shape.seconds))
+    found = places(layers, setup.shards > 1 or setup.in_backward)
+    skipped = Counter(alike for place in found for alike in place.skipped)
+    return found, {alike: _kind(b.of_kind(alike.second), alike, skipped[alike]) for alike in dict.fromkeys(layers)}
 
 
-class _Middle:
-    """Of a run of equal layers those that are not replayed one by one."""
-
-    def __init__(self, b: Blocks, second: bool, kind: str, layers: int):
-        """b: of that kind."""
-        self.b, self.second, self.kind = b, second, kind
-        self.replayed = min(layers, HEAD_LAYERS + (2 if b.setup.shards > 1 or b.setup.in_backward else 1))
-        self.count = layers - self.replayed
-        each = kept_bytes(b.shape, b.setup, second) if b.setup.compiled and kind != "selective" else None
-        self.kept = (each or 0) * b.n
-        """Of a compiled layer, in all; 0 where it is not known, or not compiled."""
-        self.inside = _in_backward(b, second, kind, self.kept) if self.kept else 0
-        """All that counts in a layer's backward pass; 0 where it is not known, and what is replayed counts."""
-        self.forward, self.started, self.finished = Work(), Work(), Work()
-        self.gradients: list[Storage] = []
-
-    def total(self, work: Work) -> Work:
-        one = self.forward.plus(self.finished).plus(self.started, -1.0)
-        return work.plus(one, self.count)
-
-    def stand_in(self, x: Tensor, kept: int, gradient_bytes: int, stepped: float) -> Tensor:
-        """The skipped layers between x and the last layer: their kept bytes now, their gradients in the backward, or
-        what states `stepped` elements of each get there."""
-        tape = self.b.tape
-        if not tape.enabled or self.count == 0:
-            return Tensor(x.storage, x.node)
-        held = [tape.alloc(kept * self.count)]
-
-        def run_backward() -> None:
-            held.clear()
-            with tape.tagged("gradients"):
-                self.gradients.append(tape.alloc(gradient_bytes * self.count))
-            if self.b.stepping is not None:
-                self.b.stepping.make_states(stepped * self.count)
-            self.started = copy(tape.work)
-
-        return tape.on_gradient(x, run_backward)
-
-    def enter(self, x: Tensor, less: int, entered: list[Storage]) -> Tensor:
-        """After a layer. A compiled one keeps its input, and `less` than was replayed. In its backward pass it has just
-        what the compiler was seen to have at once, where that is known."""
-        tape = self.b.tape
-        if not (less or self.inside):
-            return x
-
-        def begin_backward() -> None:
-            if self.inside:
-                tape.alloc(self.inside)
-                tape.hide()
-            tape.correct(less)
-
-        return tape.on_gradient(x, begin_backward, entered)
-
-    def leave(self, x: Tensor) -> Tensor:
-        """Before a layer; in the backward pass, after it."""
-        tape = self.b.tape
-        return tape.on_gradient(x, tape.show) if self.inside else x
-
-    def mark_end(self, x: Tensor) -> Tensor:
-        """Before the second layer; in the backward pass, after it."""
-        tape = self.b.tape
-
-        def end_backward() -> None:
-            self.finished = copy(tape.work)
-
-        return tape.on_gradient(x, end_backward)
+def _kind(b: Blocks, alike: Alike, skipped: int) -> Kind:
+    """b: of that kind."""
+    known = b.setup.compiled and alike.checkpointing != "selective"
+    kept = ((kept_bytes(b.shape, b.setup, alike.second) if known else None) or 0) * b.n
+    inside = _in_backward(b, *alike, kept) if kept else 0
+    return Kind(b, alike, skipped, kept, inside)
 
 
 def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
@@ -224,44 +161,40 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
         rotary = dict.fromkeys((False, True), tape.alloc(each * shape.head_dim * _rotary_sets(shape)))
     units.top = list(tape.leaves)
     _stepped_alone(b, units.top)
-    runs, index = _runs(b), 0
-    kinds = [run.second for run in runs for _ in range(run.replayed)] + [None]
-    for run in runs:
-        kept = gradients = less = stepped = 0
-        for place in range(run.replayed):
-            own, second = run.b, run.second
-            if index == HEAD_LAYERS:
-                x = _entering(b, x, "first")
-            if place == HEAD_LAYERS and run.count:
-                x = run.stand_in(x, kept, gradients, stepped)
-            before, work, first = tape.live, copy(tape.work), len(tape.leaves)
-            activations = tape.by_tag["activations"]
-            if place == 1:
-                x = run.mark_end(x)
-            weights = own.layer_weights(second, rotary[second])
-            if b.stepping is not None and not units.sharded:
-                b.stepping.group(tape.leaves[first:])
-            layer = _layer(own, weights, second, positions)
-            tape.correct(-less)
-            x = run.leave(units.begin(x, index, second, kinds[index + 1]))
-            entered = [x.storage] if run.kept and run.kind == "none" and tape.enabled else []
-            checkpointed = run.kind != "none" and tape.enabled
-            x = tape.enter_layer(x) if b.setup.compiled else x
-            x = tape.checkpoint(layer, x, run.kind == "selective", run.kind == "offload") if checkpointed else layer(x)
-            x = tape.leave_layer(x) if b.setup.compiled else x
-            eager, guessed = tape.by_tag["activations"] - activations + less, less
-            less = max(0, eager - run.kept) if entered else 0
-            tape.correct(guessed - less)
-            x = units.end(run.enter(x, less, entered), index, tape.leaves[first:])
-            del entered
-            kept = tape.live - before
-            run.forward = tape.work.plus(work, -1.0) if place == 1 else run.forward
-            stay = not b.accumulated and b.stepping is None
-            trained = gradient_bytes(own.shape, b.setup, second)
-            gradients = trained * (1 + tape.widens_gradients) if stay else 0
-            gradients = units.shard_gradients(second) if units.sharded else gradients
-            stepped = (units.trained_shard(second) if units.sharded else trained) // b.w
-            index += 1
+    found, kinds = _places(b)
+    for index, place in enumerate(found):
+        kind = kinds[place.alike]
+        own, second, checkpointing = kind.b, *place.alike
+        if index == HEAD_LAYERS:
+            x = _entering(b, x, "first")
+        if place.skipped:
+            x = stand_in(b, x, [kinds[alike] for alike in place.skipped])
+            x = units.skip(x, place.skipped[0].second, place.skipped[-1].second, second)
+        activations, first = tape.by_tag["activations"], len(tape.leaves)
+        if place.measures:
+            before, work = tape.live - units.passing, copy(tape.work)
+            x = kind.mark(x, "finished")
+        weights = own.layer_weights(second, rotary[second])
+        if b.stepping is not None and not units.sharded:
+            b.stepping.group(tape.leaves[first:])
+        layer = _layer(own, weights, second, positions)
+        less = kind.less
+        tape.correct(-less)
+        x = kind.leave(units.begin(x, index, second, place.following))
+        entered = [x.storage] if kind.kept and checkpointing == "none" and tape.enabled else []
+        checkpointed = checkpointing != "none" and tape.enabled
+        x = tape.enter_layer(x) if b.setup.compiled else x
+        how = checkpointing == "selective", checkpointing == "offload"
+        x = tape.checkpoint(layer, x, *how) if checkpointed else layer(x)
+        x = tape.leave_layer(x) if b.setup.compiled else x
+        eager = tape.by_tag["activations"] - activations + less
+        kind.less = max(0, eager - kind.kept) if entered else 0
+        tape.correct(less - kind.less)
+        x = units.end(kind.enter(x, entered), index, tape.leaves[first:])
+        del entered
+        if place.measures:
+            x = kind.mark(x, "started")
+            _measure(kind, units, tape.live - units.passing - before, tape.work.plus(work, -1.0))
     x = _entering(b, x, "layers")
     norm = b.module(b.w * shape.hidden_size, "norm")
     units.top += tape.leaves[-1:] if norm.node is not None else []
@@ -272,13 +205,23 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
     rows = b.setup.tokens - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = _entering(b, gather(b, b.slice(x, 1.0), rows), "head")
     loss = chunked_loss if b.setup.objective == "sft" else preference_loss
-    return units.finish(loss(b, x, head, rows)), partial(_total, runs), units
+    return units.finish(loss(b, x, head, rows)), partial(_total, tuple(kinds.values())), units
 
 
-def _total(runs: list[_Middle], work: Work) -> Work:
+def _measure(kind: Kind, units: Units, stays: int, forward: Work) -> None:
+    """What each skipped layer of the kind keeps and gets, of the one that has just run forward."""
+    b, second = kind.b, kind.second
+    trained = gradient_bytes(b.shape, b.setup, second)
+    gradients = 0 if b.accumulated or b.stepping is not None else trained * (1 + b.tape.widens_gradients)
+    kind.stays, kind.forward = stays, forward
+    kind.gradients = units.shard_gradients(second) if units.sharded else gradients
+    kind.stepped = (units.trained_shard(second) if units.sharded else trained) // b.w
+
+
+def _total(kinds: tuple[Kind, ...], work: Work) -> Work:
     """Of all layers, where `work` is of the replayed ones."""
-    for run in runs:
-        work = run.total(work)
+    for kind in kinds:
+        work = kind.total(work)
     return work
 
 

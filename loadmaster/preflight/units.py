@@ -134,6 +134,35 @@ class Units:
 
         return self.tape.on_gradient(x, begin_backward)
 
+    def skip(self, x: Tensor, first: bool, last: bool, following: bool) -> Tensor:
+        """Layers that are not replayed, and the kinds of the first and the last of them, and of the one after them:
+        these leave behind what they have on its way, forward and in the backward pass."""
+        if not self.sharded:
+            return x
+        unit = self.order[-1][1]
+        self._resize(self.held, self.kinds[last].gathered)
+        self._resize(self.ahead, self.kinds[following].gathered)
+        if x.node is None or not self.tape.enabled:
+            return x
+        self.order.append((-2, self.kinds[last]))
+
+        def end_backward() -> None:
+            self.order.pop()
+            self._resize(self.prefetched, unit.gathered)
+            self._resize(self.scattering, self.kinds[first].reduced)
+
+        return self.tape.on_gradient(x, end_backward)
+
+    def _resize(self, buffer: list[Storage], size: int) -> None:
+        if buffer and buffer[0].bytes != size:
+            buffer.clear()
+            buffer.append(self._alloc(size))
+
+    @property
+    def passing(self) -> int:
+        """Bytes of the buffers that are there now, which come and go with layers."""
+        return sum(each.bytes for each in (*self.held, *self.ahead)) if self.sharded else 0
+
     def finish(self, loss: Tensor) -> Tensor:
         """After the loss; in the backward pass, before it."""
         if not self.sharded:

@@ -151,7 +151,7 @@ def changes(family: str) -> list[dict]:
     if family == "arcee":
         return [*CHANGES[:6], *CHANGES[-2:]]
     if family.startswith("gemma4"):
-        return [*CHANGES[:4], CHANGES[4], {"dora": True}]
+        return CHANGES[:2] if family == "gemma4" else [*CHANGES[:5], {"dora": True}]
     if family in ("llama", "gemma2"):
         return CHANGES if family == "llama" else [*CHANGES[:2], *SCALED, *CHANGES[-2:]]
     return [
