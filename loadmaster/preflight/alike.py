@@ -144,11 +144,12 @@ class Kind:
 
 def stand_in(b: Blocks, x: Tensor, skipped: Sequence[Kind]) -> Tensor:
     """The skipped layers before x: their kept bytes now, their gradients in the backward pass, or the states that they
-    get there."""
+    get there. Without gradients what they keep is weights that stay gathered."""
     tape = b.tape
-    if not tape.enabled:
-        return Tensor(x.storage, x.node)
     held = [tape.alloc(sum(kind.stays for kind in skipped))]
+    if not tape.enabled:
+        skipped[0].held += held
+        return Tensor(x.storage, x.node)
 
     def run_backward() -> None:
         held.clear()
