@@ -16,17 +16,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig
 
-from loadmaster.config.schema import LoraConfig
 from loadmaster.data import MicroBatch
 from loadmaster.errors import LoadmasterError
 from loadmaster.models import capped
-from loadmaster.models.adapters import make_trainable, trainable
 from loadmaster.models.attention import PACKED, cached_attention
-from loadmaster.models.forward import causal_lm, token_losses, trained_logits
+from loadmaster.models.forward import trained_logits
 from loadmaster.models.load import refuse_unsupported
+from tests.models.alone import packed_equals_alone
 
 WINDOW = 6
 SIZES = {
@@ -74,26 +72,7 @@ def gemma(implementation: str = PACKED):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_losses_and_gradients_are_transformers_eager_ones_document_by_document(method, documents, way):
-    model = make_trainable(gemma(), method, LoraConfig(rank=4))
-    for name, parameter in trainable(model):  # B starts at zero, which would hide A's gradient
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    loss, count = token_losses(model, packed(documents))
-    loss.backward()
-    ours = {name: parameter.grad.clone() for name, parameter in trainable(model)}
-
-    model.zero_grad()
-    causal_lm(model).set_attn_implementation("eager")
-    expected = 0.0
-    for ids in (torch.tensor([d]) for d in documents if len(d) > 1):
-        alone = cross_entropy(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="sum")
-        alone.backward()
-        expected += alone.item()
-    assert count == sum(LENGTHS) - len(LENGTHS)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    for name, parameter in trainable(model):
-        largest = parameter.grad.abs().max().item()
-        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-5 * largest, msg=name)
+    packed_equals_alone(gemma(), method, packed(documents), documents, rel=1e-5)
 
 
 def test_no_document_sees_another(documents, way):

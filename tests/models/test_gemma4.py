@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
@@ -20,13 +20,14 @@ from loadmaster.config.schema import LoraConfig
 from loadmaster.errors import LoadmasterError
 from loadmaster.export.live_checks import live_weights
 from loadmaster.models import wide_heads
-from loadmaster.models.adapters import make_trainable, trainable
+from loadmaster.models.adapters import make_trainable
 from loadmaster.models.attention import PACKED, packed_attention
 from loadmaster.models.flash import attention_calls
-from loadmaster.models.forward import causal_lm, token_losses, trained_logits
+from loadmaster.models.forward import token_losses, trained_logits
 from loadmaster.models.load import load_base
 from loadmaster.models.shards import empty_model, fill, materialise
 from loadmaster.models.wide_heads import ALIGNED, wide_attention
+from tests.models.alone import packed_equals_alone
 from tests.models.test_forward import packed
 
 GEMMA_4 = {
@@ -57,26 +58,8 @@ def gemma(**changed) -> torch.nn.Module:
 @pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_losses_and_gradients_are_transformers_own_document_by_document(method, values, documents) -> None:
-    model = make_trainable(gemma(attention_k_eq_v=values), method, LoraConfig(rank=4)).double()
-    for name, parameter in trainable(model):  # B starts at zero, which would hide A's gradient
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    loss, count = token_losses(model, packed(documents))
-    loss.backward()
-    ours = {name: parameter.grad.clone() for name, parameter in trainable(model)}
-
-    model.zero_grad()
-    causal_lm(model).set_attn_implementation("eager")
-    expected = 0.0
-    for ids in (torch.tensor([d]) for d in documents if len(d) > 1):
-        alone = cross_entropy(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="sum")
-        alone.backward()
-        expected += alone.item()
-    assert count == sum(LENGTHS) - len(LENGTHS)
-    assert loss.item() == pytest.approx(expected, rel=1e-6)  # summed in float32
-    for name, parameter in trainable(model):
-        largest = parameter.grad.abs().max().item()
-        assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-5 * largest, msg=name)
+    model = gemma(attention_k_eq_v=values).double()
+    packed_equals_alone(model, method, packed(documents), documents, rel=1e-6)  # summed in float32
 
 
 def test_no_document_sees_another(documents) -> None:
