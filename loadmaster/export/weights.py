@@ -34,7 +34,7 @@ def shards(folder: Path) -> list[Path]:
 
     Raises ExportRejected where there are none, or where the index names a file that is not there.
     """
-    files = model_files.shards(folder) if is_sharded(folder) else [folder / SINGLE]
+    files = (is_sharded(folder) and model_files.shards(folder)) or [folder / SINGLE]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ExportRejected(
             f"{folder} is not a complete model: {', '.join(missing)} is not there. "

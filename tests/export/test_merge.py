@@ -275,6 +275,12 @@ def test_an_incomplete_download_is_named(tiny, tmp_path):
         shards(tmp_path)
 
 
+def test_an_index_that_names_no_file_is_no_complete_model(tmp_path):
+    write_json(tmp_path / "model.safetensors.index.json", {"metadata": {}})
+    with pytest.raises(ExportRejected, match=r"model\.safetensors is not there"):
+        shards(tmp_path)
+
+
 def test_what_is_merged_is_what_transformers_loads_whatever_index_or_shards_were_left_beside(tiny32, tmp_path):
     """It takes model.safetensors first, which others beside it may contradict, older or gone."""
     folder = shutil.copytree(tiny32, tmp_path / "base")
