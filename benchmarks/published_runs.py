@@ -87,10 +87,7 @@ SELECTIVE = (
     "sharded and cast for each gathering"
 )
 COMPILED = "; compiled, of which the arithmetic over memory knows nothing"
-ROOT = (
-    "here embedding and head are one unit that stays whole to the end of the backward pass and whose gradients are "
-    "reduced in fp32 ({0} GiB of weights, {1} of gradients on their way); theirs are units of their own, in bf16"
-)
+HEAD = "here the head is whole beside the buffer that it was gathered in ({0} GiB)"
 
 
 def titan(name: str, world: int, gib: float, each: float, differs: str, **more) -> Run:
@@ -107,12 +104,11 @@ RUNS = (
     titan("8B full, 128x H100, compiled", 128, 62.0, 6514, SELECTIVE + COMPILED, compiled=True),
     Run("70B full, 8x A100, CPU offload", TUNE, LLAMA + "70B", from_catalog("a100_80gb", 8),
         fsdp("full", False, 8, 2048, checkpointing="full", offload="all", compiled=True), 13.9, 1568, "moments in bf16",
-        why_gib=ROOT.format("3.9", "11.7")),
+        why_gib=HEAD.format("3.9") + ", and its gradient is summed in fp32 and then cast (5.9 GiB)"),
     Run("405B QLoRA, 8x A100", TUNE, LLAMA + "405B", from_catalog("a100_80gb", 8),
         fsdp("qlora", True, 8, 2048, checkpointing="full", compiled=True), 44.8, 653,
         "adapters on fewer linears; their table has GB for this row and GiB for all others",
-        why_gib="here embedding and head stay whole (7.8 GiB), the next layer is gathered ahead of its use (three "
-        "buffers of 1.6 GiB), and a dequantized matrix is counted inside its kernel (1.7 GiB)"),
+        why_gib=HEAD.format("7.8") + " as the last layer's buffer goes (1.5)"),
 )
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from loadmaster.data.rows import NO_LOSS
 from loadmaster.errors import LoadmasterError
 from loadmaster.models import capped
-from loadmaster.models.loss import summed_cross_entropy
+from loadmaster.models.loss import summed_cross_entropy, through_head
 from loadmaster.models.rotary import turn_by_document
 from loadmaster.models.transfer import put
 
@@ -130,7 +130,8 @@ def token_losses(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     """
     hidden, targets, _ = trained_hidden(model, batch)
     lm = causal_lm(model)
-    return summed_cross_entropy(hidden, lm.get_output_embeddings(), targets, *logit_transform(lm.config)), len(targets)
+    transform = logit_transform(lm.config)
+    return through_head(lm.get_output_embeddings(), summed_cross_entropy, hidden, targets, *transform), len(targets)
 
 
 def trained_logits(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,24 @@ a quarter of the memory (2 bytes of 8, a chunk and vocabulary entry in bf16). It
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loadmaster.preflight.layers import LOSS_CHUNK_TOKENS as CHUNK_TOKENS
+
+
+def run_with_head(head: nn.Module, function: Callable[..., Tensor], hidden_TH: Tensor, *arguments: Any) -> Tensor:
+    """function(hidden, head, *arguments). A head that is sharded by itself has this as a method, which gathers it."""
+    return function(hidden_TH, head, *arguments)
+
+
+def through_head(head: nn.Module, function: Callable[..., Tensor], hidden_TH: Tensor, *arguments: Any) -> Tensor:
+    """The same, by the head's own method where it has one."""
+    run = getattr(head, "run", None) or partial(run_with_head, head)
+    return run(function, hidden_TH, *arguments)
 
 
 def compile_loss(head: nn.Module, backend: str) -> None:

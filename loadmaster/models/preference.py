@@ -36,7 +36,7 @@ from loadmaster.data.rows import NO_LOSS
 from loadmaster.models import dropout
 from loadmaster.models.adapters import without_adapter
 from loadmaster.models.forward import SummedLoss, causal_lm, document_bounds, logit_transform, trained_hidden
-from loadmaster.models.loss import CHUNK_TOKENS, logits_and_tanh
+from loadmaster.models.loss import CHUNK_TOKENS, logits_and_tanh, through_head
 from loadmaster.models.transfer import put
 
 NEED_REFERENCE = ("dpo", "kto")
@@ -98,6 +98,13 @@ class _TokenLogProbs(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype), None, None, None, None
 
 
+def token_log_probs(
+    hidden_TH: Tensor, head: nn.Linear, targets_T: Tensor, softcap: float | None = None, scale: float = 1.0
+) -> Tensor:
+    """log p of each target [T], fp32; see `summed_cross_entropy` for the arguments."""
+    return _TokenLogProbs.apply(hidden_TH, head.weight, head.bias, targets_T, softcap, scale)
+
+
 @dataclass(frozen=True)
 class AnswerLogProbs:
     """Of the A answers of a batch, in order: sums of their tokens' log-probabilities [A], how many tokens [A], and (on
@@ -112,8 +119,9 @@ def answer_log_probs(model: nn.Module, batch: Any) -> AnswerLogProbs:
     """log p of every document of the batch that has trained tokens: of pairs, chosen and rejected in turn."""
     hidden, targets, documents = trained_hidden(model, batch)
     lm = causal_lm(model)
-    head = lm.get_output_embeddings()
-    log_probs = _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, *logit_transform(lm.config))
+    log_probs = through_head(
+        lm.get_output_embeddings(), token_log_probs, hidden, targets, *logit_transform(lm.config)
+    )
     # Padding and untrained copies of rows are documents without a trained token: they have no place in the count.
     answered, place, tokens = torch.unique_consecutive(documents, return_inverse=True, return_counts=True)
     place, tokens = put(place, log_probs.device), put(tokens, log_probs.device)

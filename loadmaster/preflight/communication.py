@@ -8,7 +8,8 @@
 
     fsdp          each micro-batch: gather the weights forward and the layers' again backward, reduce the trained
                   gradients (fp32); where layers stay whole (reshard_after_forward false), gather once a step.
-                  Passes without gradients (DPO's, KTO's) gather, too, and FSDP2 then prefetches the last layer in vain
+                  Passes without gradients (DPO's, KTO's) gather, too, but for the head, and where the embedding is in
+                  the root FSDP2 then prefetches what ran last, in vain
     hybrid        the same inside each node; then the shards' gradients are summed over nodes (fp32)
     ddp           the last micro-batch of a step: all-reduce of the gradients in the weights' dtype
     zero3         fsdp
@@ -16,8 +17,8 @@
                   the trained weights after the step; DeepSpeed's default hides none of it behind compute
 
 Overlap: layers' collectives run beside the compute of their own pass, so the longer of the two is what one waits for,
-and a share of the shorter (they compete for memory and for SMs). Nothing hides the first gather (the root's, and the
-first layer's) and the last reduction (the root's).
+and a share of the shorter (they compete for memory and for SMs). Nothing hides the first gather (of root, embedding and
+first layer) and the last reduction (of root and embedding).
 """
 
 from __future__ import annotations
@@ -70,11 +71,16 @@ def step_traffic(shape: ModelShape, setup: Setup) -> Collectives:
         return Collectives()
     setup = _as_fsdp(setup)
     if setup.shards > 1:
-        unit, (*kinds, root) = whole(shape, setup), fsdp_units(shape, setup)
-        layers, last = unit.gathered - root.gathered, kinds[shape.is_second(shape.layers - 1)]
-        once = root.gathered + (last.gathered if setup.forwards else 0)
-        gathered = layers + once if setup.keeps_weights else repeats * (_passes(setup) * layers + once)
-        return Collectives(gathered, repeats * unit.reduced)
+        unit, units = whole(shape, setup), fsdp_units(shape, setup)
+        once = sum(each.gathered for each in units.outside)
+        again = vain = 0
+        if setup.forwards and units.embedding:
+            again = setup.forwards * units.embedding.gathered
+        elif setup.forwards:
+            vain = (units.head or units.layers[shape.is_second(shape.layers - 1)]).gathered
+        each_time = _passes(setup) * (unit.gathered - once) + once + again
+        gathered = unit.gathered if setup.keeps_weights else repeats * each_time
+        return Collectives(gathered + vain * (1 if setup.keeps_weights else repeats), repeats * unit.reduced)
     if setup.stage:
         return Collectives(setup.width * trained, (1 if setup.stage == 1 else repeats) * REDUCE_BYTES * trained)
     gradients = setup.width * trained
@@ -102,8 +108,9 @@ def _fsdp_seconds(
     shape: ModelShape, hardware: Hardware, setup: Setup, sent: Collectives, micro_batch_s: float
 ) -> float:
     gpus, nodes, inner = setup.gpus_per_node, setup.nodes, 1 if setup.replicas > 1 else setup.nodes
-    repeats, units = setup.gradient_accumulation_steps, shape.layers + 1
-    gathers = units / repeats if setup.keeps_weights else _passes(setup) * shape.layers + 1
+    outside = len(fsdp_units(shape, setup).outside)
+    repeats, units = setup.gradient_accumulation_steps, shape.layers + outside
+    gathers = units / repeats if setup.keeps_weights else _passes(setup) * shape.layers + outside
     seconds = collective_seconds(sent.gathered / repeats, gathers, gpus, inner, hardware)
     seconds += collective_seconds(sent.reduced / repeats, units, gpus, inner, hardware)
     if setup.replicas > 1:
@@ -131,11 +138,12 @@ def _as_fsdp(setup: Setup) -> Setup:
 
 def _unhidden(shape: ModelShape, hardware: Hardware, setup: Setup, gpus: int, nodes: int) -> float:
     """First gather and last reduction of a micro-batch."""
-    *kinds, root = fsdp_units(shape, setup)
-    first = kinds[shape.layer_kinds[-1][0]]
-    seconds = collective_seconds(root.gathered + first.gathered, 2, gpus, nodes, hardware)
+    units = fsdp_units(shape, setup)
+    ends = [each for each in units.outside if each is not units.head]
+    first = [units.layers[shape.layer_kinds[-1][0]], *ends]
+    seconds = collective_seconds(sum(each.gathered for each in first), len(first), gpus, nodes, hardware)
     seconds /= setup.gradient_accumulation_steps if setup.keeps_weights else 1
-    return seconds + collective_seconds(root.reduced, 1, gpus, nodes, hardware)
+    return seconds + collective_seconds(sum(each.reduced for each in ends), len(ends), gpus, nodes, hardware)
 
 
 def _host_seconds(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:

@@ -30,13 +30,24 @@ def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
 
 
 def _gathered_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Of whole units at least, where all layers have run forward: all of them, or the root, the parameters of the last
-    layer and the buffer of the one before it (units.py)."""
+    """Of whole units at least, where all layers have run forward: all of them, or the root and either what a layer's
+    backward pass has or the head, with the buffer that it was copied out of and, trained, its gradient."""
     if setup.shards == 1:
         return 0
     if setup.keeps_weights:
         return whole(shape, setup).gathered
-    *layers, root = units(shape, setup)
+    head, at_loss = units(shape, setup).head, 0
+    if head:
+        trained = setup.trains("lm_head") and setup.objective == "sft"
+        gradient = (4 + setup.width) * shape.embedding_parameters  # summed in fp32 (models/loss.py), and cast
+        at_loss = units(shape, setup).root.gathered + 2 * head.gathered + trained * gradient
+    return max(at_loss, _in_backward_bytes(shape, setup))
+
+
+def _in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Of whole units in a layer's backward pass: the root, the layer's parameters and the buffer of the one before it
+    (units.py)."""
+    layers, root, *_ = units(shape, setup)
     return root.gathered + min(2, shape.layers) * min(layers[second].gathered for second, _ in shape.layer_kinds)
 
 
@@ -45,10 +56,10 @@ def _reducing_bytes(shape: ModelShape, setup: Setup) -> int:
     one in the buffer of their reduction."""
     if setup.shards == 1 or setup.keeps_weights or shape.layers < 3:
         return 0
-    *layers, _ = units(shape, setup)
+    layers = units(shape, setup).layers
     reduced = min(layers[second].reduced for second, _ in shape.layer_kinds)
     own = min(gradient_bytes(shape, setup, second) for second, _ in shape.layer_kinds)
-    return _kept_bytes(shape, setup, 2) + _gathered_bytes(shape, setup) + reduced + own
+    return _kept_bytes(shape, setup, 2) + _in_backward_bytes(shape, setup) + reduced + own
 
 
 def _kept_bytes(shape: ModelShape, setup: Setup, done: int) -> int:

@@ -1,6 +1,7 @@
 """How fully_shard divides a model: its units, and the bytes of each, whole and on one GPU.
 
-A unit is a decoder layer, or the root: embedding, head, last norm. Every parameter is cut along its first dimension
+A unit is a decoder layer, the embedding, the head, or the root: the last norm, and an embedding and a head that share
+their weight or of which copies are trained beside an adapter. Every parameter is cut along its first dimension
 into as many rows for each GPU as the first one gets, so gathered buffers have padding: none for a matrix of 4096 rows,
 four times the bytes for an adapter of rank 16 over 64 GPUs. Sources: torch.distributed.fsdp, loadmaster.models.frozen;
 held against traces of both (tests/preflight/test_sharded.py).
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 from loadmaster.preflight import saved
 from loadmaster.preflight.pinned import pinned
@@ -66,8 +67,21 @@ class Unit:
     """What is trained, parameter by parameter."""
 
 
-def units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
-    """A layer of the first kind, one of the second (ModelShape.is_second), the root."""
+class Division(NamedTuple):
+    layers: tuple[Unit, Unit]
+    """Of the first kind and of the second (ModelShape.is_second)."""
+    root: Unit
+    embedding: Unit | None
+    head: Unit | None
+    """Where they are none of their own they are in the root."""
+
+    @property
+    def outside(self) -> tuple[Unit, ...]:
+        """What is no layer."""
+        return tuple(unit for unit in (self.root, self.embedding, self.head) if unit)
+
+
+def units(shape: ModelShape, setup: Setup) -> Division:
     return _units(shape, cutting_key(setup))
 
 
@@ -93,16 +107,24 @@ def cutting_key(setup: Setup) -> Setup:
 
 
 @cache
-def _units(shape: ModelShape, setup: Setup) -> tuple[Unit, Unit, Unit]:
-    layers = (
+def _units(shape: ModelShape, setup: Setup) -> Division:
+    first, second = (
         _unit(list(layer_parts(shape, setup, second)), setup, layer_buffers(shape, setup, second))
         for second in (False, True)
     )
     rotary = sum(4 * view.head_dim for view, _ in shape.views)  # frequencies, twice
-    return *layers, _unit(root_parts(shape, setup), setup, rotary)
+    embedding, norm, *rest = outside_parts(shape, setup)
+    alone = [not shape.tied and not (setup.adapters and setup.trains(name)) for name in saved.TABLES]
+    root = [embedding] * (not alone[0]) + [norm] + rest[alone[1] :]
+    return Division(
+        (first, second),
+        _unit(root, setup, rotary),
+        _unit([embedding], setup, 0) if alone[0] else None,
+        _unit(rest[:1], setup, 0) if alone[1] else None,
+    )
 
 
-def root_parts(shape: ModelShape, setup: Setup) -> list[Part]:
+def outside_parts(shape: ModelShape, setup: Setup) -> list[Part]:
     """Embedding, last norm, head; beside an adapter also the copies of them that are trained."""
     w, h, full, named = setup.width, shape.hidden_size, not setup.adapters, setup.modules_to_save
     table, norm = Part(shape.vocabulary_size, w * h, full), Part(h, w, full)
@@ -117,11 +139,11 @@ def root_parts(shape: ModelShape, setup: Setup) -> list[Part]:
 
 @cache
 def _whole(shape: ModelShape, setup: Setup) -> Unit:
-    *kinds, root = _units(shape, setup)
+    found = _units(shape, setup)
 
     def total(name: str) -> Any:
-        layers = (count * getattr(kinds[second], name) for second, count in shape.layer_kinds)
-        return reduce(add, (*layers, getattr(root, name)))
+        layers = (count * getattr(found.layers[second], name) for second, count in shape.layer_kinds)
+        return reduce(add, (*layers, *(getattr(unit, name) for unit in found.outside)))
 
     return Unit(*map(total, Unit.__dataclass_fields__))
 

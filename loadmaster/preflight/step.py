@@ -76,8 +76,7 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True, made: 
     if b.stepping is not None:
         b.stepping.made = made
     tape.enter("loss")
-    _reference(b)
-    loss, done, units = _forward(b)
+    loss, done, units = _forward(b, before=_reference(b))
     box = [tape.alloc(4)]
     node = loss.node
     del loss
@@ -91,8 +90,9 @@ def training_step(shape: ModelShape, setup: Setup, in_place: bool = True, made: 
     return Replayed(sum(most.values()), most, done(tape.work), tape.phases)
 
 
-def _reference(b: Blocks) -> None:
+def _reference(b: Blocks) -> bool:
     """DPO's and KTO's first pass: the base without its adapter, of which only the answers' log-probabilities stay.
+    Says whether there is one.
 
     Its work is counted by Setup.forwards (speed.py). Where all weights are trained it comes before training, and KTO's
     first pass is of the model itself.
@@ -101,6 +101,7 @@ def _reference(b: Blocks) -> None:
         with b.tape.gradients(False):
             _forward(b)
         b.tape.work = Work()
+    return b.setup.passes_first
 
 
 def evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> Replayed:
@@ -112,9 +113,10 @@ def evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> 
 def _evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool) -> Replayed:
     tape = Tape(in_place)
     b = Blocks(tape, shape, setup, False)
-    _reference(b)
+    # Where layers stay whole the first batch needs most: it gathers them.
+    before = _reference(b) or not setup.keeps_weights
     with tape.gradients(False):
-        loss, done, _ = _forward(b)
+        loss, done, _ = _forward(b, before)
     del loss
     tape.top()
     return Replayed(tape.peak, dict(tape.at_peak), done(tape.work), {})
@@ -139,10 +141,13 @@ def _kind(b: Blocks, alike: Alike, skipped: int) -> Kind:
     return Kind(b, alike, skipped, kept, inside)
 
 
-def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
-    """(loss, what the work of the replayed layers makes of all, what is sharded)."""
+def _forward(b: Blocks, before: bool = False) -> tuple[Tensor, Callable[[Work], Work], Units]:
+    """(loss, what the work of the replayed layers makes of all, what is sharded).
+
+    before: whether a pass without gradients came before.
+    """
     tape, shape = b.tape, b.shape
-    units = Units(b)
+    units = Units(b, before)
     units.start()
     size = b.w * shape.embedding_parameters
     if shape.tied:
@@ -152,6 +157,7 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
     b.blocks = attention_blocks(b)
     ids = tape.alloc(8 * b.n)
     x = embedded = _entering(b, embed(b, table, ids), "embedding")
+    units.embedded()
     positions = tape.alloc(8 * b.n)
     width = 4 if shape.wide else b.w
     each = width * 2 * b.n * shape.rotary_fraction
@@ -159,8 +165,9 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
         rotary = {second: tape.alloc(each * shape.view(second).head_dim) for second, _ in shape.layer_kinds}
     else:
         rotary = dict.fromkeys((False, True), tape.alloc(each * shape.head_dim * _rotary_sets(shape)))
-    units.top = list(tape.leaves)
-    _stepped_alone(b, units.top)
+    _stepped_alone(b, tape.leaves)
+    tables = {"embedding": [table], "head": [head] * (not shape.tied)}
+    units.outside = {name: [each.node for each in found if each.node] for name, found in tables.items()}
     found, kinds = _places(b)
     for index, place in enumerate(found):
         kind = kinds[place.alike]
@@ -197,15 +204,15 @@ def _forward(b: Blocks) -> tuple[Tensor, Callable[[Work], Work], Units]:
             _measure(kind, units, tape.live - units.passing - before, tape.work.plus(work, -1.0))
     x = _entering(b, x, "layers")
     norm = b.module(b.w * shape.hidden_size, "norm")
-    units.top += tape.leaves[-1:] if norm.node is not None else []
-    _stepped_alone(b, tape.leaves[-1:] if norm.node is not None else [])
+    units.outside["norm"] = [norm.node] if norm.node else []
+    _stepped_alone(b, units.outside["norm"])
     x = b.norm(x, norm, b.n)
     # The decoder's own variables last as long as it runs.
     del weights, layer, rotary, positions, ids, embedded
     rows = b.setup.tokens - b.setup.micro_batch_size  # the last token of a row predicts nothing
     x = _entering(b, gather(b, b.slice(x, 1.0), rows), "head")
     loss = chunked_loss if b.setup.objective == "sft" else preference_loss
-    return units.finish(loss(b, x, head, rows)), partial(_total, tuple(kinds.values())), units
+    return units.finish(loss(b, units.enter_head(x), head, rows)), partial(_total, tuple(kinds.values())), units
 
 
 def _measure(kind: Kind, units: Units, stays: int, forward: Work) -> None:

@@ -39,7 +39,7 @@ from loadmaster.preflight import zero_settings
 from loadmaster.preflight.pinned import pinned
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
-from loadmaster.preflight.shards import Part, cutting_key, layer_buffers, layer_parts, root_parts
+from loadmaster.preflight.shards import Part, cutting_key, layer_buffers, layer_parts, outside_parts
 from loadmaster.preflight.step import PHASES
 from loadmaster.preflight.weights import base_bytes
 
@@ -227,7 +227,7 @@ def _parts(shape: ModelShape, setup: Setup) -> Iterator[tuple[Part, int]]:
     """(tensor, how many there are of it)."""
     for second, layers in shape.layer_kinds:
         yield from ((part, layers) for part in layer_parts(shape, setup, second))
-    yield from ((part, 1) for part in root_parts(shape, setup))
+    yield from ((part, 1) for part in outside_parts(shape, setup))
 
 
 def sub_groups(shape: ModelShape, setup: Setup) -> list[int]:
@@ -248,7 +248,7 @@ def _largest_in_layers(shape: ModelShape, setup: Setup) -> int:
 
 @cache
 def _sub_groups(shape: ModelShape, setup: Setup) -> list[int]:
-    embedding, *last = root_parts(shape, setup)
+    embedding, *last = outside_parts(shape, setup)
     layers = (part for second, n in shape.layer_kinds for part in n * list(layer_parts(shape, setup, second)))
     found, enough = [0], sub_group_size(shape, setup)
     for part in (embedding, *layers, *last):

@@ -3,10 +3,12 @@
     none   one process holds everything
     ddp    each process holds everything; gradients are summed
     fsdp   FSDP2: each holds a share of every parameter, its gradient and its optimizer states. A decoder layer is
-           gathered whole when it is needed, forward and backward, and dropped after; embeddings, last norm and head
-           stay whole from the forward to the end of the backward pass, for the loss uses the head by itself.
-           Where the plan says reshard_after_forward=false, layers are gathered once a step and stay whole until
-           their backward pass in its last micro-batch.
+           gathered whole when it is needed, forward and backward, and dropped after; the embedding in the forward pass
+           alone, for its gradient does without it; the head for the loss and its backward pass. An embedding and a head
+           that share their weight, or are trained beside an adapter, are whole from the forward to the end of the
+           backward pass, as the last norm is.
+           Where the plan says reshard_after_forward=false, layers and embedding are gathered once a step and stay whole
+           until their backward pass in its last micro-batch.
            On several nodes, where the plan says so, each node has all shards (hybrid sharding):
            weights then travel inside the node, and between nodes only gradients do.
     zero1, zero2, zero3   DeepSpeed (zero.py)
@@ -20,6 +22,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -29,7 +32,8 @@ from torch.distributed.tensor import DTensor
 
 from loadmaster.config.schema import Job
 from loadmaster.errors import TrainingFailed
-from loadmaster.models.forward import decoder_layers
+from loadmaster.models.forward import causal_lm, decoder_layers
+from loadmaster.models.loss import run_with_head
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.placement import Placed, local
 from loadmaster.training.strategy import Strategy
@@ -104,7 +108,13 @@ class FullyShard(Strategy):
         return add(base) if self.plan.method == "full" else with_adapter(base, add)
 
     def wrap(self, loss: nn.Module) -> nn.Module:
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
 
         from loadmaster.models.shards import fill, materialise
 
@@ -116,15 +126,23 @@ class FullyShard(Strategy):
             "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if self.plan.offload == "all" else OffloadPolicy(),
         }
         layers = decoder_layers(loss)
+        embedding, head = own_units(causal_lm(loss))
         with codes_without_gradients():
-            for layer in layers:
-                fully_shard(layer, **settings, reshard_after_forward=self.plan.reshard_after_forward)
-            fully_shard(loss, **settings, reshard_after_forward=False)
-        for module in (loss, *layers):
+            for module in (*embedding, *layers):
+                fully_shard(module, **settings, reshard_after_forward=self.plan.reshard_after_forward)
+            for module in (*head, loss):
+                fully_shard(module, **settings, reshard_after_forward=False)
+        for module in (*embedding, *layers, *head, loss):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-        for here, following in itertools.pairwise(layers):
+        for here, following in itertools.pairwise((*layers, *head)):
             here.set_modules_to_forward_prefetch([following])
+        for module in embedding:
+            module.set_unshard_in_backward(False)
+            module.set_modules_to_backward_prefetch([module])  # itself, so nothing: by default what ran before it
+        for module in head:
+            module.run = MethodType(run_with_head, module)
+            register_fsdp_forward_method(module, "run")
         materialise(loss, self.parameter_device)
         for _, buffer in loss.named_buffers():
             buffer.data = buffer.data.to(self.world.device)
@@ -160,7 +178,7 @@ class FullyShard(Strategy):
     @staticmethod
     @contextmanager
     def generating(loss: nn.Module) -> Iterator[None]:
-        """Embeddings, norm and head whole within the block; layers gather themselves when they are called.
+        """What is in no unit of its own whole within the block; units gather themselves when they are called.
 
         After the block nothing is whole, layers that stay so after a forward pass included.
         """
@@ -181,6 +199,15 @@ class FullyShard(Strategy):
             fill_adapter(model, trained_folder)
         self.check(loss)
         return model.eval(), loss
+
+
+def own_units(lm: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """(the embedding, the head) where each is gathered by itself: not where both have one weight, or a copy of it is
+    trained beside an adapter."""
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if head.weight is embedding.weight:
+        return [], []
+    return [embedding] * isinstance(embedding, nn.Embedding), [head] * isinstance(head, nn.Linear)
 
 
 def _reshard(loss: nn.Module) -> None:

@@ -140,7 +140,8 @@ def sharded_peaks(
 ) -> tuple[int, int]:
     """(bytes of one rank's weights and buffers, peak bytes of a step's micro-batches besides those).
 
-    Accumulated, the step has three micro-batches, so that one has others before and after it. in_backward: a second
+    Accumulated, the step has three micro-batches, so that one has others before and after it. Evaluated, there are two
+    batches without gradients, of which the second finds whole what the first has left so. in_backward: a second
     step under `optimizer`, AdamW with master weights or another without, besides its states as well.
     """
     with world_of(world_size, replicas) as mesh:
@@ -166,6 +167,12 @@ def sharded_peaks(
                     stepping.clip(0.0)
             return weights, live.peak - before
         with counting(live):
+            if case.evaluated:
+                root.eval()
+                with torch.no_grad():
+                    root(batch)
+                    root(batch)
+                return weights, live.peak - weights
             for _ in range(2 if case.accumulated else 0):
                 with engine.accumulating(root):
                     engine.backward(root(batch))

@@ -82,13 +82,15 @@ def test_the_memory_that_the_page_on_training_names_is_what_is_planned_now() -> 
     steps = [f"{each.memory_gib.total:.1f}" for each in made]
     said = f"peaks at {steps[0]} GiB with AdamW over fp32 masters, and at {steps[1]} in Adafactor's step without them"
     assert f"{said}; by steps of several, all layers recomputed, at {steps[2]} and {steps[3]} (modelled)" in page
-    unclipped = OptimizerConfig(max_grad_norm=0.0)
-    kept, whole = (
-        planned("full", "a100_80gb", "70B", 4, rows=4, optimizer=unclipped, **how)
-        for how in ({}, {"activation_checkpointing": "full", "checkpointed_layers": 80})
+    inside = {"rows": 32, "offload": "none"}
+    gone, held = (
+        planned("full", "a100_80gb", "70B", 4, optimizer=OptimizerConfig(max_grad_norm=0.0, in_backward=how), **inside)
+        for how in ("auto", False)
     )
-    assert kept.optimizer_in_backward and f"{whole.memory_gib.total:.0f} of {whole.budget_gib:.0f} GiB with all" in page
-    assert f"{kept.memory_gib.total:.0f} with the {kept.kept_layers} of 80 layers kept that `auto` keeps" in page
+    assert gone.fits and gone.optimizer_in_backward and not held.fits
+    said = f"{gone.memory_gib.total:.0f} of {gone.budget_gib:.0f} GiB, where all gradients together take"
+    assert f"{said} {held.memory_gib.total:.0f} (modelled)" in page
+
 
 
 STUB = """#!{python}

@@ -166,10 +166,10 @@ FSDP = {"sharding": "fsdp", "world_size": 8}
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize(("more", "near"), [
     ({}, 0.57), ({"checkpointing": "full"}, 0.85), ({"gradient_accumulation_steps": 4}, 0.57),
-    ({"compiled": True}, 0.86), (FSDP, 0.48), ({**FSDP, "gradient_accumulation_steps": 2, "offload": "all"}, 0.41),
+    ({"compiled": True}, 0.86), (FSDP, 0.47), ({**FSDP, "gradient_accumulation_steps": 2, "offload": "all"}, 0.41),
     ({**FSDP, "checkpointing": "full", "replicas": 2}, 0.65), ({"optimizer": "adamw_8bit"}, 0.57),
     ({**FSDP, "checkpointing": "offload", "gradient_accumulation_steps": 4}, 0.55),
-    ({**FSDP, "reshard_after_forward": False}, 0.55), ({**FSDP, "sharding": "zero1"}, 0.31),
+    ({**FSDP, "reshard_after_forward": False}, 0.53), ({**FSDP, "sharding": "zero1"}, 0.31),
     ({**FSDP, "sharding": "zero3", "offload": "all"}, 0.21),
 ])
 def test_what_is_ruled_out_quickly_does_not_fit(method: str, more: dict, near: float) -> None:

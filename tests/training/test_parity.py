@@ -45,11 +45,12 @@ TWO = [
     case("full-ddp-2", "full", "ddp", 2),
     case("full-fsdp-2", "full", "fsdp", 2),
     case("lora-fsdp-2", "lora", "fsdp", 2),
-    case("full-fsdp-2-whole", "full", "fsdp", 2, reshard_after_forward=False),
+    case("full-odd-fsdp-2", "full", "fsdp", 2, model="odd"),
+    case("full-odd-fsdp-2-whole", "full", "fsdp", 2, model="odd", reshard_after_forward=False),
     case("lora-fsdp-2-whole", "lora", "fsdp", 2, reshard_after_forward=False, checkpointing="full"),
-    case("full-fsdp-2-offload", "full", "fsdp", 2, offload="all"),
+    case("full-odd-fsdp-2-offload", "full", "fsdp", 2, model="odd", offload="all"),
     case("full-fsdp-2-compiled", "full", "fsdp", 2, compile=True),
-    case("lora-fsdp-2-compiled", "lora", "fsdp", 2, compile=True, checkpointing="selective"),
+    case("lora-odd-fsdp-2-compiled", "lora", "fsdp", 2, model="odd", compile=True, checkpointing="selective"),
     case("full-ddp-2-compiled", "full", "ddp", 2, compile=True, checkpointing="full"),
     case("full-fsdp-2-checkpointed", "full", "fsdp", 2, checkpointing="full", offload="optimizer"),
     case("full-fsdp-2-some", "full", "fsdp", 2, checkpointing="full", checkpointed_layers=1),
@@ -57,7 +58,7 @@ TWO = [
     case("full-fsdp-2-inputs", "full", "fsdp", 2, checkpointing="offload"),
     case("lora-fsdp-2-inputs", "lora", "fsdp", 2, checkpointing="offload", compile=True, reshard_after_forward=False),
     case("full-ddp-2-inputs", "full", "ddp", 2, checkpointing="offload", compile=True),
-    case("full-fsdp-2-tried", "full", "fsdp", 2, family="not modelled"),
+    case("full-odd-fsdp-2-tried", "full", "fsdp", 2, model="odd", family="not modelled"),
     case("lora-fsdp-2-tried", "lora", "fsdp", 2, family="not modelled", compile=True, reshard_after_forward=False),
     case("full-zero3-2-tried", "full", "zero3", 2, family="not modelled"),
     case("full-zero3-2-inputs", "full", "zero3", 2, checkpointing="offload"),
@@ -70,7 +71,7 @@ TWO = [
 STEPPED = [
     case(name, "full", "fsdp", 2, max_grad_norm=0.0, micro_batch_size=4, in_backward="in_backward" in name, **others)
     for tag, others in (
-        ("", {}), ("-whole", {"reshard_after_forward": False, "checkpointing": "full"}),
+        ("", {"model": "odd"}), ("-whole", {"reshard_after_forward": False, "checkpointing": "full"}),
         ("-inputs", {"checkpointing": "offload"}),
     )
     for name in (f"stepped{tag}-after", f"stepped{tag}-in_backward")
@@ -85,17 +86,18 @@ LIGHT = [
 ]
 HYBRID = [
     case("full-hybrid-2x2", "full", "fsdp", 2, 2),
-    case("full-hybrid-2x2-whole", "full", "fsdp", 2, 2, reshard_after_forward=False),
+    case("full-odd-hybrid-2x2-whole", "full", "fsdp", 2, 2, model="odd", reshard_after_forward=False),
 ]
 FOUR = [
     case("lora-fsdp-4", "lora", "fsdp", 4),
     case("full-fsdp-4", "full", "fsdp", 4),
     case("lora-ddp-4", "lora", "ddp", 4),
     *zeros(4, "zero1", "zero2", "zero3", methods=("full",)),
-    *zeros(4, "zero2", "zero3", model="odd"),
+    *zeros(4, "fsdp", "zero2", "zero3", model="odd"),
     *zeros(4, "fsdp", "zero3", methods=("full",), model="experts"),
 ]
-"""Four ranks cut rows of the odd model's matrices, so that one row is on two of them; of three experts one has none."""
+"""The odd model has a head of its own. Four ranks cut rows of its matrices, so that one row is on two of them; of three
+experts one has none."""
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +179,7 @@ def alone_of(name: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [c["name"] for c in TWO + FOUR])
+@pytest.mark.parametrize("name", [c["name"] for c in TWO + HYBRID + FOUR])
 def test_losses_gradient_norms_weights_and_rows_are_those_of_one_process(runs, name):
     alone, spread = (metrics(runs / n) for n in (alone_of(name), name))
     assert len(spread) == STEPS
@@ -217,7 +219,7 @@ def test_lighter_states_in_shards_are_trained_saved_and_gone_on_with(runs, name)
 
 @pytest.mark.slow
 def test_a_gradient_that_is_not_finite_on_one_shard_leaves_the_layer_out_on_all(tmp_path, model):
-    spoiled = {**STEPPED[1], "model": str(model / "even"), "out": str(tmp_path / "out")}
+    spoiled = {**STEPPED[1], "model": str(model / "odd"), "out": str(tmp_path / "out")}
     spawn(tmp_path, "spoiled", [spoiled], 2, module="tests.training.stepped_rank")
     ranks = [json.loads((tmp_path / "out" / f"{rank}.json").read_text()) for rank in (0, 1)]
     for found in ranks:
