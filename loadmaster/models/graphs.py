@@ -54,3 +54,24 @@ def leave_out(graph: fx.Graph, term: fx.Node) -> None:
     addition.replace_all_uses_with(other)
     for node in reversed(gone[1:]):
         graph.erase_node(node)
+
+
+def renew_views(graph: fx.Graph) -> None:
+    """Let the value of each view lie in that of what it is a view of now.
+
+    The compiler does so for nodes whose arguments are new, which torch 2.11 tells by an address that may be used again:
+    it then copied what an operation changes in place, for a view that seemed to read it as it was.
+    """
+    for node in graph.nodes:
+        if not (node.target in VIEWS or getattr(node.target, "is_view", False)):
+            continue
+        value, source = node.meta["val"], node.all_input_nodes[0].meta["val"]
+        if isinstance(source, torch.Tensor) and not _share_memory(value, source):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+            node.meta["val"] = node.target(*args, **kwargs)
+
+
+def _share_memory(value: object, other: torch.Tensor) -> bool:
+    """Of one or several views."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return all(each.untyped_storage()._cdata == other.untyped_storage()._cdata for each in values)

@@ -25,7 +25,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from loadmaster.models import added, graphs
 from loadmaster.models.added import add_to_narrow
-from loadmaster.models.graphs import MM, VIEWS, added_up_in, call, leave_out
+from loadmaster.models.graphs import MM, VIEWS, added_up_in, call, leave_out, renew_views
 from loadmaster.preflight.blocks import MERGED
 
 CAT = torch.ops.aten.cat.default
@@ -41,6 +41,7 @@ class MergeNarrowProducts(CustomGraphPass):
         _share(graph, shared=1)
         _sum(graph)
         add_to_narrow(graph, _narrow_terms(graph))
+        renew_views(graph)
 
     def uuid(self) -> bytes:
         """Of the code and not of its paths, which another machine may not share."""
