@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="show runs side by side: what sets them apart and what came of each")
     runs.add_argument("folders", type=Path, nargs="*", metavar="FOLDER",
                       help="run directories, or folders of some (default: runs)")
+    runs.add_argument("--all", action="store_true", help="plans without training, too")
     runs.set_defaults(run=_runs)
     chat_command.add_parser(commands)
     verify = commands.add_parser("verify", help="check every file of a run's exports, or of one, against its manifest")
@@ -260,7 +261,7 @@ def _plan_serving(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _runs(arguments: argparse.Namespace) -> int:
     from loadmaster.report.side_by_side import show_runs
 
-    show_runs(arguments.folders, Output())
+    show_runs(arguments.folders, Output(), arguments.all)
     return 0
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from loadmaster.config.compose import compose
 from loadmaster.config.fields import leaves, written
@@ -23,8 +27,8 @@ from loadmaster.report.exports import published
 from loadmaster.report.inputs import RunFiles, dig, number, read_run
 from loadmaster.rundir import RECORD, is_at_work
 from loadmaster.streams import Output
-from loadmaster.tables import figure, print_table
-from loadmaster.words import visible
+from loadmaster.tables import ANY_WIDTH, figure
+from loadmaster.words import counted, visible
 
 OWN_DATA = ("data=file", "data.path=shipped:tickets")
 """Words of a job on data of its own, which lies elsewhere."""
@@ -34,12 +38,14 @@ NO_SETTINGS = ("run_dir", "stop_after")
 """What two runs of one job may differ in."""
 
 
-def show_runs(folders: Sequence[Path], console: Console) -> None:
+def show_runs(folders: Sequence[Path], console: Console, with_plans: bool = False) -> None:
     """Print the runs in these folders, oldest first; of runs/, which may have none yet, where no folder is named.
 
+    Of runs that are plans alone their number is told, unless there are no others, they are named or with_plans asks.
     Raises ConfigError for a named folder without any.
     """
     found: dict[Path, None] = {}
+    named = {Path(os.path.abspath(folder)) for folder in folders}
     for folder in folders or [Path("runs")]:
         runs = runs_in(folder)
         if not runs and folders:
@@ -47,10 +53,14 @@ def show_runs(folders: Sequence[Path], console: Console) -> None:
             remedy = "name a run directory, or a folder of some; without one it is runs/, where train.py puts them"
             raise ConfigError.of("FOLDER", str(folder), message, remedy, "command line")
         found |= dict.fromkeys(runs)
-    if found:
-        show(list(found), console)
-    else:
+    if not found:
         console.print("no runs yet: train.py puts them in runs/, from where it is started", soft_wrap=True)
+        return
+    files = {run: read_run(run) for run in found}
+    shown = {run: each for run, each in files.items() if with_plans or run in named or not is_plan_alone(each)} or files
+    show(shown, console)
+    if left := len(files) - len(shown):
+        console.print(f"{counted(left, 'plan')} without training left out: --all shows them too", highlight=False)
 
 
 def show_sweep(jobs: Sequence[Job], start: float) -> None:
@@ -62,7 +72,7 @@ def show_sweep(jobs: Sequence[Job], start: float) -> None:
     found = [run for run in found if (run / RECORD).stat().st_mtime >= start]
     if any((run / "metrics.jsonl").exists() for run in found):
         print()
-        show(found, Output())
+        show({run: read_run(run) for run in found}, Output())
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -76,25 +86,52 @@ def runs_in(folder: Path) -> list[Path]:
     return found
 
 
-def show(runs: Sequence[Path], console: Console) -> None:
+def is_plan_alone(files: RunFiles) -> bool:
+    """Whether no more than a plan was asked for, and nothing was trained before."""
+    return files.job("stop_after") == "plan" and not files.metrics and not set(files.stages) - {"plan"}
+
+
+def show(runs: dict[Path, RunFiles], console: Console) -> None:
+    """A line each; in a terminal that has no room for it, fewer figures, and the settings on a line of their own."""
     root = Path(os.path.commonpath([run.parent for run in runs]))
-    files = {run: read_run(run) for run in sorted(runs, key=lambda run: (run.name, run))}
-    apart = set_apart([each.config for each in files.values()])
-    table = Table(box=None, pad_edge=False)
-    columns = [
-        ("run", [str(run.relative_to(root)) for run in files]),
-        ("set otherwise", apart),
-        ("state", [state(each, is_at_work(run)) for run, each in files.items()]),
-        *((heading, [form(each) for each in files.values()]) for heading, form in FIGURES.items()),
-    ]
-    columns = [(heading, cells) for heading, cells in columns if any(cells)]
-    for heading, _ in columns:
-        table.add_column(heading, justify="right" if heading in FIGURES else "left", no_wrap=heading == "run")
-    for row in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*(escape(visible(cell)) for cell in row))  # a list among the settings is no markup
-    print_table(table, console)
+    files = {run: runs[run] for run in sorted(runs, key=lambda run: (run.name, run))}
+    apart = [visible(each) for each in set_apart([each.config for each in files.values()])]
+    columns = {
+        "run": [str(run.relative_to(root)) for run in files],
+        "state": [state(each, is_at_work(run)) for run, each in files.items()],
+        **{heading: [form(each) for each in files.values()] for heading, form in FIGURES.items()},
+    }
+    columns = {heading: cells for heading, cells in columns.items() if any(cells)}
+    lines, left_out = _lines(columns), []
+    room = console.width if console.is_terminal else ANY_WIDTH
+    settings = ["set otherwise", *apart] if any(apart) else [""] * len(lines)
+    beside = max(map(cell_len, settings)) + 2 + lines[0].cell_len <= room
+    while not beside and lines[0].cell_len > room and (least := next((h for h in LEAST_USEFUL if h in columns), "")):
+        left_out.append(least)
+        columns.pop(least)
+        lines = _lines(columns)
+    for line, setting in zip(lines, settings, strict=True):
+        if beside:
+            line.append(f"  {setting}")
+        line.rstrip()
+        console.print(line, soft_wrap=True)
+        if setting and not beside and line is not lines[0]:
+            console.print(Padding(Text(setting), (0, 0, 0, 2), expand=False))
+    if left_out:
+        console.print(f"no room for {', '.join(left_out)}: loadmaster runs | less -S", highlight=False)
     if said := lowest({str(run.relative_to(root)): each for run, each in files.items()}):
         console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _lines(columns: dict[str, list[str]]) -> list[Text]:
+    """The heading and the rows of a table at its own width, all of one length."""
+    table = Table(box=None, pad_edge=False)
+    for heading in columns:
+        table.add_column(heading, justify="right" if heading in FIGURES else "left", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(escape(visible(cell)) for cell in row))
+    screen = Output(file=io.StringIO(), width=ANY_WIDTH)
+    return [Text.assemble(*((s.text, s.style or "") for s in line)) for line in screen.render_lines(table, pad=False)]
 
 
 def set_apart(configs: Sequence[dict[str, Any]]) -> list[str]:
@@ -209,4 +246,6 @@ FIGURES: dict[str, Callable[[RunFiles], str]] = {
     "time": _time,
     "exports": _exports,
 }
-"""Columns after the run's name, settings and state, by heading; one that no run has anything for is left out."""
+"""Columns after the run's name and state, by heading; one that no run has anything for is left out."""
+LEAST_USEFUL = ("exports", "GiB", "tokens/s", "train loss", "time")
+"""Columns that a narrow terminal goes without, the first of them first."""

@@ -1,8 +1,10 @@
 """Runs side by side: what sets them apart, how far they came, and which did best."""
 
 import fcntl
+import io
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -44,9 +46,9 @@ def test_what_sets_runs_apart_and_what_came_of_each(tmp_path, capsys):
     a_run(tmp_path / "mine/2026-01-02", loss=1.25, optimizer={"lr": 0.0001, "name": "adamw"}, run_dir="b")
     show_runs([tmp_path], Console())
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == "run set otherwise state train loss held-out loss tokens/s time"
-    assert lines[1] == "2026-01-01 optimizer.lr=0.001 evaluate done 1.6000 1.5000 1,234 1 min 05 s"
-    assert lines[2] == "2026-01-02 optimizer.lr=0.0001 evaluate done 1.3500 1.2500 1,234 1 min 05 s"
+    assert lines[0] == "run state train loss held-out loss tokens/s time set otherwise"
+    assert lines[1] == "2026-01-01 evaluate done 1.6000 1.5000 1,234 1 min 05 s optimizer.lr=0.001"
+    assert lines[2] == "2026-01-02 evaluate done 1.3500 1.2500 1,234 1 min 05 s optimizer.lr=0.0001"
     assert lines[3] == "lowest held-out loss: 1.2500, 2026-01-02"
 
 
@@ -56,6 +58,63 @@ def test_a_list_among_the_settings_is_shown_and_not_taken_for_markup(tmp_path, c
     show_runs([tmp_path], Console(width=200))
     said = capsys.readouterr().out
     assert "export.formats=[bf16,fp8]" in said and "data.path=[/here/a.jsonl,/here/b.jsonl]" in said
+
+
+def wide_runs(tmp_path) -> None:
+    for day, path in enumerate(("/a/rather/long/path/to/the/rows/of/one.jsonl", "other.jsonl"), 1):
+        run = a_run(tmp_path / f"recipe_{day}/2026-01-0{day}_10-00-00", data={"path": path}, seed=day)
+        result = json.loads((run / "result.json").read_text()) | {"peak_allocated_gib": 22.5}
+        (run / "result.json").write_text(json.dumps(result | {"rejected_exports": {"adapter": {"passed": False}}}))
+
+
+def screen(width: int, terminal: bool) -> Console:
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [(80, "exports, GiB, tokens/s, train loss"), (100, "exports"), (120, ""), (200, "")],
+)
+def test_in_a_terminal_runs_take_its_width_and_say_what_has_no_room(tmp_path, width, left_out):
+    wide_runs(tmp_path)
+    console = screen(width, terminal=True)
+    show_runs([tmp_path], console)
+    said = console.file.getvalue()
+    assert max(len(line) for line in said.splitlines()) <= width
+    assert ("no room for" in said) == bool(left_out) and (f"for {left_out}: loadmaster" in said or not left_out)
+    words = set(said.split())
+    assert {"1.0000", "data.path=/a/rather/long/path/to/the/rows/of/one.jsonl", "data.path=other.jsonl"} <= words
+    assert ("22.5" in words) == ("GiB" not in left_out)
+    assert len(said.splitlines()) == (3 if width == 200 else 5 + bool(left_out))
+
+
+def test_in_a_pipe_each_run_is_one_whole_line_without_padding(tmp_path):
+    wide_runs(tmp_path)
+    console = screen(40, terminal=False)
+    show_runs([tmp_path], console)
+    heading, *rows = console.file.getvalue().splitlines()
+    assert len(rows) == 2 and all("22.5" in row and "adapter failed" in row and " data.path=" in row for row in rows)
+    assert all(line == line.rstrip() for line in (heading, *rows)) and len(rows[0]) > len(rows[1])
+
+
+def test_plans_alone_are_told_by_their_number_unless_asked_for(tmp_path, capsys):
+    for name, stages in (("a", ("plan", "train")), ("b", ("plan",)), ("c", ()), ("d", ("plan",))):
+        a_run(tmp_path / name, stages, stop_after="plan" if name in "abc" else "train")
+        if name != "a":
+            (tmp_path / name / "metrics.jsonl").unlink()
+    told = "2 plans without training left out: --all shows them too"
+    for folders, with_plans, names, says in (
+        ([""], False, "ad", True), ([""], True, "abcd", False), (["a", "b"], False, "ab", False),
+        (["b", "c"], False, "bc", False),
+    ):
+        show_runs([tmp_path / name for name in folders], Console(), with_plans)
+        said = capsys.readouterr().out
+        assert "".join(line[0] for line in said.splitlines() if line[1:2] == " " and line[0] in "abcd") == names
+        assert (told in said) is says
+    for name in "ad":
+        shutil.rmtree(tmp_path / name)
+    show_runs([tmp_path], Console())
+    assert "left out" not in (said := capsys.readouterr().out) and "\nb " in said and "\nc " in said
 
 
 def test_losses_of_other_held_out_data_are_not_compared(tmp_path, capsys):
