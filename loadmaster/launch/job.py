@@ -26,12 +26,13 @@ from loadmaster.launch.choose import Choice, choices, counts, nodes_of, wanted
 from loadmaster.launch.context import Launch
 from loadmaster.launch.machines import listed_provider_of, orphan, provider_of, run_dir
 from loadmaster.launch.order import deadline_hours, make_order, run_folder, volume_gb, with_volume
+from loadmaster.launch.payload import packed_files
 from loadmaster.launch.provider import PREFIX, Machine, Order, Provider, Volume
 from loadmaster.launch.record import is_deployed_from_a_volume, on_a_volume
 from loadmaster.launch.rented import run_there
 from loadmaster.launch.slurm import run_by_slurm
 from loadmaster.launch.ssh import run_by_ssh
-from loadmaster.launch.volume.bucket import has_keys, reachable, require_keys, url_of
+from loadmaster.launch.volume.bucket import KEY_VARIABLES, has_keys, reachable, require_keys, url_of
 from loadmaster.launch.volume.ended import bring_late, is_home
 from loadmaster.launch.volume.fetch import fetch, fetchable
 from loadmaster.preflight import print_plan
@@ -39,6 +40,8 @@ from loadmaster.training.stop import StopSignal
 
 SHOWN_OFFERS = 6
 SHOWN_CHARACTERS = 2000
+PAYLOAD = "LOADMASTER_PAYLOAD"
+KEYS = " and ".join(KEY_VARIABLES)
 
 
 def launch_job(
@@ -162,7 +165,8 @@ def _where_the_volume_is(ranked: list[Choice], volume: Volume | None) -> Choice:
 
 def _order(launch: Launch, provider: Provider, choice: Choice, volume: Volume | None) -> Order:
     places = (volume.place,) if volume else choice.offer.places
-    order = make_order(launch.composed, choice, launch.name, launch.clock(), provider.api, volume, places, has_keys())
+    can_upload = has_keys() or launch.composed.job.launch.dry_run
+    order = make_order(launch.composed, choice, launch.name, launch.clock(), provider.api, volume, places, can_upload)
     if launch.composed.job.launch.fetch or order.uploads:
         order = replace(order, places=_with_a_way_home(places, launch.composed.job.launch.data_centers))
     return order
@@ -213,6 +217,9 @@ def _show(launch: Launch, provider: Provider, ranked: list[Choice], choice: Choi
         launch.echo("  there, of a token that may read it) it cannot be downloaded")
     for upload in order.uploads:
         launch.echo(f"  {upload.path.name} ({upload.bytes / 1e6:.1f} MB) goes to the volume first, as {upload.name}")
+    if (order.uploads or settings.fetch) and not has_keys():
+        launch.echo(f"  it is rented once {KEYS} hold the provider's S3 API key: files go to")
+        launch.echo("  the volume, and come from it, with that key (console: Settings, S3 API Keys)")
     about, more = ("at least", " or more") if choice.offer.is_of_community else ("about", "")
     expected = "not known (size of the data)" if choice.usd is None else f"{about} ${choice.usd:.2f}"
     launch.echo(f"  cost {expected}; terminated after {hours:.2f} h at the latest, ${hours * rate:.2f}{more}")
@@ -231,17 +238,22 @@ def _print_requests(launch: Launch, provider: Provider, choice: Choice, order: O
         requests.append(provider.volume_request(settings.volume, volume_gb(settings, choice), place))
         order = with_volume(order, Volume("<id of the volume above>", settings.volume, 0, place))
     requests += provider.rent_requests(order)
-    if launch.console.is_terminal:
-        requests = [_shortened(request) for request in requests]
-    launch.console.out(json.dumps(requests, indent=2), highlight=False)
+    launch.console.out(json.dumps([_shortened(request) for request in requests], indent=2), highlight=False)
 
 
 def _shortened(request: dict[str, Any]) -> dict[str, Any]:
-    """Packed files are pages of base64: on a terminal their beginning will do."""
+    """Packed files are pages of base64: which they are, and how much of it, says more."""
     env = request["body"].get("env", {})
-    long = {name: value for name, value in env.items() if len(value) > SHOWN_CHARACTERS}
-    short = {name: f"{value[:40]}... ({len(value):,} characters, whole in a pipe)" for name, value in long.items()}
+    long = {name: value for name, value in env.items() if len(value) > SHOWN_CHARACTERS or name == PAYLOAD}
+    short = {name: f"{value[:20]}... ({len(value):,} characters{_within(name, value)})" for name, value in long.items()}
     return {**request, "body": {**request["body"], **({"env": env | short} if env else {})}}
+
+
+def _within(name: str, value: str) -> str:
+    """The files that a packed variable holds, where it is the job's own."""
+    if name != PAYLOAD:
+        return ""
+    return ": " + ", ".join(f"{file} {size / 1e3:,.1f} kB" for file, size in packed_files(value).items())
 
 
 def _ask(launch: Launch) -> None:

@@ -106,8 +106,9 @@ def payload(
     text = tar(files)
     if limit_bytes is not None and len(text) > limit_bytes:
         key, given = "data.path", composed.job.data.path
+        volume = "" if composed.job.launch.volume else "leave launch.volume=null out, and "
         remedy = (
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the provider's S3 API key, and it goes to the "
+            f"{volume}set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the provider's S3 API key, and it goes to the "
             "volume by itself; or publish it as a (private) Hub dataset"
         )
         arrivals = resolved["endpoint"]["arrivals"]
@@ -128,3 +129,9 @@ def tar(files: dict[str, bytes]) -> str:
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def packed_files(text: str) -> dict[str, int]:
+    """Names and bytes of what tar() packed."""
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(text))) as archive:
+        return {entry.name: entry.size for entry in archive}

@@ -99,7 +99,7 @@ class Batch:
 def run_by_slurm(launch: Launch, tokens: int | None) -> int:
     """Submit the job and follow it; returns its exit code. Raises LoadmasterError when Slurm does not run it."""
     job = launch.composed.job
-    secrets = secret_values(job)
+    secrets = secret_values(launch)
     hardware = replace(job.hardware, nodes=nodes_of(job))
     if hardware.gpu != "local" and job.model.path is not None and not os.path.exists(local_path(job.model.path)):
         launch.echo(f"no plan here: {job.model.path} is not on this machine; the nodes make theirs\n")

@@ -112,7 +112,7 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
     """
     job = launch.composed.job
     hosts = [Host(name, job.launch.ssh_config) for name in job.launch.hosts]
-    secrets = secret_values(job)
+    secrets = secret_values(launch)
     hardware = HardwareConfig(job.hardware.gpu, job.hardware.count, len(hosts))
     planned = replace(job, hardware=hardware) if job.hardware.gpu != "local" else None  # else it is theirs to say
     here = job.model.path is None or os.path.exists(local_path(job.model.path))
@@ -157,10 +157,16 @@ def run_by_ssh(launch: Launch, tokens: int | None) -> int:
                 _leave(process)
 
 
-def secret_values(job: Job) -> dict[str, str]:
-    """launch.secrets from the environment here: they travel over standard input, and into no file."""
-    names = job.launch.secrets or {}
-    if missing := [name for name in names.values() if name not in os.environ]:
+def secret_values(launch: Launch) -> dict[str, str]:
+    """launch.secrets from the environment here: they travel over standard input, and into no file. A dry run says which
+    are not there; else they are refused (ConfigError)."""
+    settings = launch.composed.job.launch
+    names = settings.secrets or {}
+    missing = [name for name in names.values() if name not in os.environ]
+    if missing and settings.dry_run:
+        launch.echo(f"launch.secrets: {', '.join(missing)} must be in the environment here when it is started\n")
+        return {}
+    if missing:
         message = "is not set in the environment here"
         found = [Problem("launch.secrets", name, IN_THE_JOB, message, f"export {name}=...") for name in missing]
         raise ConfigError(found)

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -284,11 +285,16 @@ def test_a_terminal_gets_a_bar_and_keeps_the_lines(place):
     assert "| token is None" in place.said and "step 3 of 6" not in place.said
 
 
-def test_a_dry_run_on_a_terminal_shows_what_can_be_read(place):
-    place.console = Console(file=place.text, width=160, force_terminal=True, color_system=None)
-    assert place.launch("launch.dry_run=true", "launch.package=auto") == 0
-    assert "LOADMASTER_WHEEL_0" in place.said and "characters, whole in a pipe" in place.said
-    assert max(map(len, place.said.splitlines())) < 3000
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_dry_run_names_what_is_packed_and_does_not_print_it(place, terminal):
+    place.console = Console(file=place.text, width=160, force_terminal=terminal, color_system=None)
+    (place.folder / "mine.jsonl").write_text('{"text": "some words of mine"}\n')
+    assert place.launch("launch.dry_run=true", "launch.package=auto", "data=file", "data.path=mine.jsonl") == 0
+    env = json.loads(place.said[place.said.index("\n[\n") :])[1]["body"]["env"]
+    assert re.fullmatch(r"\S{20}\.\.\. \(98,304 characters\)", env["LOADMASTER_WHEEL_0"])
+    files = r"constraints\.txt \d\.\d kB, data/0-mine\.jsonl 0\.0 kB, job\.yaml \d\.\d kB"
+    assert re.fullmatch(rf"\S{{20}}\.\.\. \([\d,]+ characters: {files}\)", env["LOADMASTER_PAYLOAD"])
+    assert len(place.said) < 12_000 and json.loads(env["LOADMASTER_JOB"])["package"] is None
 
 
 def starts_slowly(then):

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -331,6 +332,25 @@ def test_without_a_key_a_dry_run_takes_the_catalogue_and_says_so(place, monkeypa
         dry("launch.max_usd_per_hour=0.01")
     with pytest.raises(ProviderError, match="RUNPOD_API_KEY is not set"):
         launch_job(place.composed(), place.console, tokens=200_000)
+
+
+def test_a_dry_run_of_data_for_the_volume_needs_no_key_and_names_the_one_that_renting_needs(place, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    rows = (json.dumps({"text": random.Random(n).randbytes(100).hex()}) + "\n" for n in range(1000))
+    (place.folder / "mine.jsonl").write_text("".join(rows))
+    words = ("data=file", "data.path=mine.jsonl")
+    needed = "it is rented once AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY hold the provider's S3 API key"
+    assert place.launch(*words, "launch.dry_run=true") == 0
+    assert "  mine.jsonl (0.2 MB) goes to the volume first" in place.said and needed in place.said
+    assert "  cost about $" in place.said and '"body"' in place.said and "data/0-mine" not in place.said
+    assert place.launch("launch.fetch=true", "launch.dry_run=true") == 0 and place.said.count(needed) == 2
+    assert place.launch("launch.dry_run=true") == 0 and place.said.count(needed) == 2
+    with pytest.raises(ConfigError, match=r"packs to (.|\n)*fix: set AWS_ACCESS_KEY_ID"):
+        place.launch(*words)
+    for dry in ("true", "false"):
+        with pytest.raises(ConfigError, match=r"fix: leave launch\.volume=null out, and set AWS_ACCESS_KEY_ID"):
+            place.launch(*words, "launch.volume=null", f"launch.dry_run={dry}")
 
 
 def test_a_gated_model_without_a_token_for_it_is_told_before_anything_is_rented(place):

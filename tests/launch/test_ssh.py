@@ -298,6 +298,8 @@ def test_a_dry_run_prints_the_commands_and_asks_no_host(hosts, monkeypatch):
     shown = json.loads(hosts.said[hosts.said.index("[\n") :])
     assert [node["command"].split(" -- ")[1].split()[0] for node in shown] == ["node0", "node1"]
     assert shown[1]["stdin"]["ends"] == "with-input"
+    assert hosts.launch("launch.hosts=[node0]", "launch.dry_run=true", "launch.secrets.HF_TOKEN=NOT_SET_HERE") == 0
+    assert "launch.secrets: NOT_SET_HERE must be in the environment here when it is started" in hosts.said
 
 
 def test_the_job_of_a_node_meets_the_others_at_the_first_host(hosts, monkeypatch):
