@@ -8,11 +8,9 @@ from itertools import islice
 
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import resolve_path
-from loadmaster.data.sources import open_source
+from loadmaster.data.sources import SOON_READ, open_source
 from loadmaster.preflight import estimate_tokens
 
-SOON_READ = 1_000_000
-"""Bytes of files that a plan looks into, as they may hold no row."""
 ROWS_READ = 1000
 """By which a plan tells how much the first data.max_rows are."""
 

@@ -29,6 +29,7 @@ from loadmaster.config.schema import STAGES, Job
 from loadmaster.config.shipped import resolve_path
 from loadmaster.config.show import show_error
 from loadmaster.config.validate import check
+from loadmaster.data.first_rows import refuse_unfit
 from loadmaster.dataset_size import dataset_tokens
 from loadmaster.errors import ConfigError, DataError, DoesNotFit, LoadmasterError, StoppedOnRequest
 from loadmaster.files import disk_error, is_full_disk, read_text, sha256_json, sha256_of_model, storable, write_text
@@ -361,8 +362,12 @@ def _said(sizes: dict[str, Any]) -> str:
 
 
 def planned(job: Job) -> Plan:
-    """The job's plan, with the trace of a step where plan.trace asks for it."""
+    """The job's plan, with the trace of a step where plan.trace asks for it.
+
+    Raises DataError where the data cannot be what the job trains on, as far as that is soon seen.
+    """
     tokens = dataset_tokens(job)
+    refuse_unfit(job)
     if not job.plan.trace:
         return make_plan(job, tokens, with_elsewhere=True)
     from loadmaster.training.traced_plan import traced

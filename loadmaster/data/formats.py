@@ -24,6 +24,7 @@ from loadmaster.data.preference import (
     is_unpaired,
     labelled_answer_of,
     pair_of,
+    unfit,
 )
 from loadmaster.data.shapes import (
     PROMPT_FIELDS,
@@ -179,6 +180,17 @@ def _renamed(row: dict, objective: str) -> str | None:
     except RowError:
         return None
     return f"rename {', '.join(f'{name!r} to {right}' for name, right in misspelt.items())}"
+
+
+def fits_objective(row: Any, shape: str, recognised_by: str, objective: str) -> None:
+    """Raise RowError for a row that `objective` does not train on. recognised_by: fields, where data.format is auto."""
+    if objective == "sft" and isinstance(row, dict):
+        if is_preference(row):
+            shape = "preference"
+        elif shape == "prompt_completion" and recognised_by and is_unpaired(row):
+            shape = "unpaired"  # told apart by its label alone, which the first row had not
+    if found := unfit(shape, objective):
+        raise RowError(*found)
 
 
 def renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -17,13 +17,14 @@ from loadmaster.data.faults import Fault, SourceFaults
 from loadmaster.data.formats import (
     Conversation,
     RowError,
+    fits_objective,
     recognise_format,
     refuse_unread,
     renamed,
     to_conversation,
     unread_fields,
 )
-from loadmaster.data.preference import LABEL_FIELDS, is_preference, is_unpaired, unfit
+from loadmaster.data.preference import LABEL_FIELDS, unfit
 from loadmaster.data.progress import progress
 from loadmaster.data.sources import RawRow, Source, open_source
 from loadmaster.errors import DataError
@@ -124,7 +125,7 @@ def _conversation(raw: RawRow, file: str, reading: Reading, job: Job) -> Convers
     if file not in reading.shapes:
         reading.shapes[file] = _shape_of(raw, job)
     shape = reading.shapes[file]
-    _fits_objective(raw.value, shape, job.objective)
+    fits_objective(raw.value, shape.name, shape.recognised_by, job.objective)
     _goes_with_others(shape, reading)
     if job.data.columns and file not in reading.unread and isinstance(raw.value, dict):
         known = f"{shape.recognised_by} in {raw.origin}" if shape.recognised_by else ""
@@ -154,18 +155,6 @@ def _own_names(reason: str, columns: Mapping[str, str]) -> str:
     words = re.findall(r"\w+", reason)
     named = [f"{ours} is {theirs}" for ours, theirs in columns.items() if ours in words and ours != theirs]
     return f"; by data.columns {', '.join(named)}" if named else ""
-
-
-def _fits_objective(row: Any, shape: Shape, objective: str) -> None:
-    """Raise RowError for a row that `objective` does not train on."""
-    name = shape.name
-    if objective == "sft" and isinstance(row, dict):
-        if is_preference(row):
-            name = "preference"
-        elif name == "prompt_completion" and shape.recognised_by and is_unpaired(row):
-            name = "unpaired"  # told apart by its label alone, which the first row had not
-    if found := unfit(name, objective):
-        raise RowError(*found)
 
 
 def _goes_with_others(shape: Shape, reading: Reading) -> None:

@@ -21,6 +21,8 @@ from loadmaster.files import sha256_file
 
 LOOKED_INTO = 100
 """Files of a folder that a plan looks into."""
+SOON_READ = 1_000_000
+"""Bytes of files that a plan looks into, as they may hold no row, or none to train on."""
 
 
 class FileSource:

@@ -315,6 +315,39 @@ def test_files_that_no_reader_reads_are_refused_by_the_plan_too(words, tmp_path,
     dataset_tokens(compose(["data=file", *words, "data.on_bad_row=skip"]).job)  # which leaves the file out
 
 
+PAIR, CHAT = {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "completion": "a"}
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ([], "data.path: pairs.jsonl:1 has chosen and rejected: a preference row\n    fix: train on pairs with objective="),
+    (["objective=kto", "data.path=[pairs.jsonl,labels.jsonl]"], ""),  # training's to say
+    (["objective=dpo"], ""), (["data.on_bad_row=skip"], ""), (["data.path=a/hub_dataset"], ""),
+    (["objective=dpo", "data.path=chats.csv"], "data.path: chats.csv:2 is no preference row: objective=dpo needs"),
+    (["objective=dpo", "data.path=chats.json"], "data.path: chats.json:2 is no preference row"),
+    (["objective=dpo", "data.validation=chats.csv"], "data.validation: chats.csv:2 is no preference row"),
+    (["objective=orpo", "data.path=labels.jsonl"], "is one answer with a label, and objective=orpo compares two"),
+    (["data.path=labels.jsonl"], "is one answer with a label, which objective=kto trains on"),
+    (["data.path=renamed.jsonl", "data.columns={chosen: good, rejected: bad}"], "a preference row"),
+    (["data.path=renamed.jsonl"], ""), (["data.path=broken.jsonl"], ""),
+])
+def test_rows_that_the_objective_does_not_train_on_are_told_by_the_plan(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    labelled, other = {**CHAT, "label": True}, {"prompt": "p", "good": "a", "bad": "b"}
+    for name, row in {"pairs": PAIR, "labels": labelled, "renamed": other}.items():
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 30)
+    (tmp_path / "chats.csv").write_text("prompt,completion\n" + "p,a\n" * 30)
+    (tmp_path / "chats.json").write_text(json.dumps([CHAT] * 30, indent=0))
+    (tmp_path / "broken.jsonl").write_text('{"nothing": 1}\n' * 30)
+    code = main(["plan", "--json", "data=file", "data.path=pairs.jsonl", *words])
+    assert code == (2 if said else 0) and said in capsys.readouterr().err
+
+
+def test_a_plan_does_not_read_a_large_array_for_its_first_row(tmp_path, monkeypatch) -> None:
+    (tmp_path / "pairs.json").write_text(json.dumps([PAIR] * 30_000))
+    monkeypatch.setattr("loadmaster.data.readers._read_array", None)
+    assert main(["plan", "--json", "data=file", f"data.path={tmp_path}/pairs.json"]) == 0
+
+
 def test_files_that_are_read_are_what_hours_are_planned_for(tmp_path) -> None:
     def tokens() -> int | None:
         return dataset_tokens(compose(["data=file", f"data.path={tmp_path}"]).job)
