@@ -17,7 +17,7 @@ from loadmaster import hub
 from loadmaster.config.schema import Job
 from loadmaster.errors import LoadmasterError, UsageError
 from loadmaster.out_of_memory import ran_out
-from loadmaster.rundir import RunDir, newest_in
+from loadmaster.rundir import RunDir, newest_meant
 from loadmaster.words import visible
 
 LEAST_TEMPERATURE = 0.01
@@ -59,8 +59,8 @@ def chat(asked: argparse.Namespace, unknown: list[str]) -> int:
     if unknown:
         raise UsageError(f"chat does not know {' '.join(unknown)}; --message TEXT takes the message")
     if not os.path.isfile(asked.run_dir / "config.yaml"):  # no error for a name that is too long, as Path's own is
-        newest = newest_in(asked.run_dir) if os.path.isdir(asked.run_dir) else None
-        give = f"give one of those in it; the newest is {newest}" if newest else "give one whose train stage is done"
+        newest = newest_meant(asked.run_dir, "adapter", "model")
+        give = f"the newest that was trained is {newest}" if newest else "give one whose train stage is done"
         raise LoadmasterError(f"{asked.run_dir} is no run directory: {give}")
     text = _message(asked)
     hub.settle()

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -242,13 +242,21 @@ def started_in(path: Path) -> Path:
     return folder if os.path.isdir(folder) and os.access(folder, os.X_OK) else Path.cwd()
 
 
-def newest_in(folder: Path, launched: bool = True) -> Path | None:
+def newest_in(folder: Path, launched: bool = True, holds: Sequence[str] = ()) -> Path | None:
     """The newest run where `folder` is one of runs, as runs/ and runs/smoke/ are; launched: what came home of a run
-    elsewhere is one, too."""
+    elsewhere is one, too. holds: names of which it has one in it."""
     records = [*folder.glob(f"*/{RECORD}"), *folder.glob(f"*/*/{RECORD}")]
     if not launched:
         records = [path for path in records if not path.with_name(LAUNCH_RECORD).exists()]
+    if holds:
+        records = [path for path in records if any(path.with_name(name).exists() for name in holds)]
     return max(records, key=lambda path: (path.stat().st_mtime, path)).parent if records else None
+
+
+def newest_meant(given: Path, *holds: str) -> Path | None:
+    """Where what was given as a run is none: the newest in that folder, or of the recipe of that name."""
+    folder = given if os.path.isdir(given) else Path("runs") / os.path.relpath(given).removeprefix("recipe=")
+    return newest_in(folder, holds=holds) if os.path.isdir(folder) else None
 
 
 def file_fingerprint(path: Path) -> str:

@@ -205,7 +205,7 @@ def test_lines_that_end_in_any_way_are_lines():
 
 def test_a_folder_that_is_no_run_and_a_run_without_weights_are_refused(run, tmp_path, capsys):
     assert main(["chat", str(run.parent), "--message", "Hello"]) != 0
-    assert f"the newest is {run}" in capsys.readouterr().err
+    assert f"the newest that was trained is {run}" in capsys.readouterr().err
     for name in ("config.yaml", "plan.json", "stages.json"):
         shutil.copy(run / name, tmp_path)
     assert main(["chat", str(tmp_path), "--message", "Hello"]) != 0

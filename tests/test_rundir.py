@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loadmaster.cli import main
 from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.rundir import RunDir, file_fingerprint, is_at_work, newest_in, started_in
 
@@ -65,6 +66,33 @@ def test_runs_of_one_second_have_folders_of_their_own_and_the_newest_is_found(tm
         runs.append(run.path)
     assert len(set(runs)) == 3
     assert newest_in(tmp_path) == newest_in(tmp_path / "smoke") == runs[0] and newest_in(runs[0] / "none") is None
+    (runs[2] / "adapter").mkdir()
+    assert newest_in(tmp_path, holds=("adapter", "model")) == runs[2] and newest_in(tmp_path, holds=("export",)) is None
+
+
+@pytest.mark.parametrize(("command", "made", "said"), [
+    (["chat"], "adapter", "the newest that was trained is"), (["chat"], "model", "the newest that was trained is"),
+    (["verify"], "export", "the newest run of that recipe with an export is"),
+    (["push", "--repo", "a/b"], "export", "the newest run of that recipe with an export is"),
+    (["serve-check"], "export", "the newest run of that recipe with an export is"),
+    (["deploy"], "bundle", "the newest run of that recipe with a bundle is"),
+])
+def test_where_a_recipe_is_named_for_a_run_its_newest_that_will_do_is_told(
+    command, made, said, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("2026-01-01", "2026-01-02"):
+        folder = Path("runs/smoke") / name
+        folder.mkdir(parents=True)
+        (folder / "stages.json").write_text("{}")
+    told = f"{said} runs/smoke/2026-01-01"
+    for recipe in ("smoke", "other", "x" * 300):
+        main([command[0], recipe, *command[1:]])
+        assert told not in capsys.readouterr().err  # a plan alone
+    Path("runs/smoke/2026-01-01", made).mkdir()
+    for recipe in ("smoke", "recipe=smoke"):
+        assert main([command[0], recipe, *command[1:]]) != 0
+        assert told in capsys.readouterr().err
 
 
 def test_a_folder_s_fingerprint_is_that_of_its_files_and_their_names(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from loadmaster.export.manifest import NAME, read_manifest, verify_manifest
 from loadmaster.export.served.record import NAME as SERVED
 from loadmaster.export.served.record import checked_figures
 from loadmaster.files import read_json, write_json
+from loadmaster.given_run import SUCH_AS
 from loadmaster.launch.context import undisturbed
 from loadmaster.launch.provider import LATE_LOOKS, PREFIX
 from loadmaster.launch.record import Left, away, copied_by
@@ -44,7 +45,7 @@ from loadmaster.launch.runpod.types import (
     body,
     parse,
 )
-from loadmaster.rundir import newest_in
+from loadmaster.rundir import newest_in, newest_meant
 from loadmaster.words import counted
 
 START_S = 1200.0
@@ -105,7 +106,9 @@ def _order(run_dir: Path, volume: str | None, name: str | None) -> Order:
     bundle = run_dir / "bundle"
     if not os.path.isfile(bundle / NAME):
         if not os.path.isdir(run_dir):
-            raise LoadmasterError(f"there is no folder {run_dir}: give a run directory, such as runs/smoke/<date-time>")
+            newest = newest_meant(run_dir, "bundle")
+            give = f"the newest run of that recipe with a bundle is {newest}" if newest else f"give a run, {SUCH_AS}"
+            raise LoadmasterError(f"there is no folder {run_dir}: {give}")
         for run in run_dir.resolve().parents[:2]:
             if (run / "bundle" / NAME).is_file():
                 raise LoadmasterError(f"{run_dir} is a part of a run: give the run directory, {run}")

@@ -21,7 +21,7 @@ from loadmaster.config.serving_rules import LORA_RANKS
 from loadmaster.errors import ExportRejected
 from loadmaster.files import FINDER_FILE, read_json, sha256_file, storable, write_text
 from loadmaster.packages import versions
-from loadmaster.rundir import newest_in
+from loadmaster.rundir import newest_in, newest_meant
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -161,7 +161,7 @@ def exports_in(folder: Path) -> list[Path]:
     for a run that has exported nothing yet.
     """
     if not os.path.isdir(folder):
-        raise ExportRejected(f"{_no_folder(folder)}; give a run directory, or one export of it (RUN/export/bf16)")
+        raise ExportRejected(f"{_no_folder(folder)}; {_meant(folder) or 'give a run directory, or one export of it'}")
     if os.path.lexists(folder / NAME):
         if (artifact := _bundled(folder)) is not None:
             raise ExportRejected(
@@ -197,13 +197,20 @@ def _bundled(folder: Path) -> str | None:
 def no_export(run_dir: Path) -> ExportRejected:
     """Why there is nothing to take from what was given as a run directory."""
     if not os.path.isdir(run_dir):
-        return ExportRejected(f"{_no_folder(run_dir)}; give a run directory whose export stage is done.")
+        give = _meant(run_dir) or "give a run directory whose export stage is done."
+        return ExportRejected(f"{_no_folder(run_dir)}; {give}")
     if (run_dir / "config.yaml").is_file():
         again = f"loadmaster export {shlex.quote(str(run_dir))}"
         return ExportRejected(f"{run_dir} holds no export yet: its export stage is not done; {again} goes on with it.")
     if run := newest_in(run_dir):
         return ExportRejected(f"{run_dir} is no run directory: give one of those in it, the newest is {run}")
     return ExportRejected(f"{run_dir} holds no export: give a run directory whose export stage is done.")
+
+
+def _meant(given: Path) -> str:
+    """Where a recipe was given for a run."""
+    newest = newest_meant(given, "export")
+    return f"the newest run of that recipe with an export is {newest}" if newest else ""
 
 
 def _no_folder(path: Path) -> str:
