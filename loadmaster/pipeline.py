@@ -238,7 +238,9 @@ class Pipeline:
         folder = self.run_dir.path
         self.echo(f"report: {folder / 'report.html'}")
         if self.job.stop_after != "bundle":
-            self.echo(f"next: loadmaster chat {shlex.quote(str(folder))} (talks to what was trained)")
+            run, left = shlex.quote(str(folder)), STAGES[STAGES.index(self.job.stop_after) + 1 :]
+            self.echo(f"next: loadmaster chat {run} (talks to what was trained)")
+            self.echo(f"next: loadmaster bundle {run} (goes on with {', '.join(left)}: what an endpoint needs)")
             return
         from loadmaster.endpoint.bundle import next_step
 

@@ -263,7 +263,7 @@ class StageRun:
         watch.at(0, "evaluate")
         with nullcontext() if whole else model.disable_adapter():
             self._ask_reference(loss)
-            before = self._evaluate_model(model, loss)
+            before = self._evaluate_model(model, loss, "before training")
         if "held_out" in before:
             before["held_out"] = before_training(before["held_out"], self.job.objective)
         if whole:
@@ -273,7 +273,7 @@ class StageRun:
             watch.at(0, "load")
             model, loss = strategy.for_evaluation(self.materials.base_folder, trained_folder)
             watch.at(0, "evaluate")
-        after = self._evaluate_model(model, loss)
+        after = self._evaluate_model(model, loss, "after training")
         if self.world.lead:
             write_json(self.run_dir / "eval.json", storable({"before": before, "after": after}))
             samples = after.pop("samples", None)
@@ -308,7 +308,7 @@ class StageRun:
         refuse_other_world(self.plan, self.world)
         return STRATEGIES[self.plan.sharding](self.job, self.plan, self.world)
 
-    def _evaluate_model(self, model: Any, loss: Any) -> dict[str, Any]:
+    def _evaluate_model(self, model: Any, loss: Any, when: str) -> dict[str, Any]:
         from loadmaster.evaluation import run_task, some_answers
         from loadmaster.training.sharding import STRATEGIES
 
@@ -317,7 +317,7 @@ class StageRun:
             figures["held_out"] = self._held_out(model, loss, self._stopping)
         asked = (
             model, self.materials.tokenizer, self.materials.prepared.validation_conversations, self.job.evaluation,
-            self._answered, self.world,
+            lambda done, wanted: self._answered(done, wanted, when), self.world,
         )
         if self.job.evaluation.task != "none":
             with STRATEGIES[self.plan.sharding].generating(loss):
@@ -327,9 +327,9 @@ class StageRun:
         self._stop_if(self._stopping())
         return figures
 
-    def _answered(self, done: int, wanted: int) -> None:
+    def _answered(self, done: int, wanted: int, when: str) -> None:
         self._stop_if(self._stopping())
-        self.display.answers(done, wanted)
+        self.display.answers(done, wanted, when)
 
     def _stop_if(self, asked: bool, what: str = "the evaluation starts") -> None:
         if asked:

@@ -71,11 +71,11 @@ class Display:
         remaining = (now - self._started) / max(1, row["step"] - self._done_before) * (steps - row["step"])
         self.echo(f"step {row['step']}/{steps}  {status}  eta {remaining:.0f} s")
 
-    def answers(self, done: int, wanted: int) -> None:
+    def answers(self, done: int, wanted: int, when: str) -> None:
         """While answers are generated; a line every PLAIN_EVERY_S."""
         if time.perf_counter() - self._last_plain >= self.PLAIN_EVERY_S:
             self._last_plain = time.perf_counter()
-            self.echo(f"  {done} of {wanted} answers")
+            self.echo(f"  {done} of {wanted} answers {when}")
 
     def asked(self, split: str, done: int, wanted: int) -> None:
         """While the model before training is asked for its answers; at the end, and every PLAIN_EVERY_S."""
