@@ -308,6 +308,8 @@ def unknown_option(group: str, wrong: str, options: list[str], origin: str) -> P
         "model": "model by model.name=HUB-ID or model.path=FOLDER",
         "data": "data by data=file data.path=FILE-OR-FOLDER-OR-HUB-ID",
         "hardware": "card by hardware.gpu=NAME",
+        "launch": "machine that ssh reaches by launch=ssh launch.hosts=[USER@HOST] (docs/launch.md); a job of another "
+        "scheduler, such as Kubernetes, starts python train.py itself (docs/multi-gpu.md)",
     }
     remedy += f"; any other {others[group]}" if group in others else ""
     if is_file or ("/" in wrong and group != "data"):

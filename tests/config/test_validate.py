@@ -199,6 +199,9 @@ def recipe(folder: Path, text: str, name: str = "mine") -> None:
         ("lora=8", "lora", "is a section of several fields, not a value",
          "set lora.rank, lora.alpha, lora.dropout, lora.targets"),
         # groups
+        ("launch=k8s", "launch", "there is no launch of this name",
+         "the options are local, runpod, slurm, ssh; any other machine that ssh reaches by launch=ssh launch.hosts="),
+        ("launch=lambda", "launch", "there is no launch of this name", "starts python train.py itself (docs/multi-gpu"),
         ("hardware=h100", "hardware", "there is no hardware of this name", "hardware=h100_80gb_x1; the options are"),
         ("hardware=h100x8", "hardware", "there is no hardware of this name", "hardware=h100_80gb_x8; the options are"),
         ("hardware=b200_x1", "hardware", "there is no hardware of this name",
