@@ -54,7 +54,9 @@ def make_plan(
     if divided is not None:
         plan = replace(plan, planned_with=f"batch.global_size={divided.batch.global_size}")
     if found.best is not None:
-        return replace(plan, elsewhere=elsewhere(job, chosen, dataset_tokens)) if with_elsewhere else plan
+        if not with_elsewhere:
+            return plan
+        return replace(plan, elsewhere=elsewhere(job, chosen, dataset_tokens), elsewhere_order=job.plan.objective)
     if not with_alternatives:
         return plan
     return replace(plan, alternatives=alternatives(job, shape, hardware, dataset_tokens))

@@ -141,6 +141,8 @@ class Plan:
     """Other plans that fit, best first, with what each would win or cost."""
     elsewhere: list[dict[str, Any]] = field(default_factory=list)
     """The same job, with this plan's method and optimizer, on every machine of the catalogue that holds it."""
+    elsewhere_order: str | None = None
+    """The plan.objective by which they are in order; None of a plan of before this was written."""
     price: dict[str, Any] | None = None
     """Dollars an hour with date and source; None where the machine is not rented."""
     basis: dict[str, str] = field(default_factory=dict)

@@ -20,6 +20,8 @@ from loadmaster.tables import figure, memory_table, print_table
 from loadmaster.words import counted
 
 ELSEWHERE_ROWS = 6
+FIRST = {"time": "shortest run first", "cost": "cheapest run first", "memory": "least memory first"}
+FIRST = {name: f"{first} (plan.objective={name}; of equals within 2% the cheaper)" for name, first in FIRST.items()}
 RUNNERS_UP = 4
 LONG_VERIFICATION = 0.2
 """Share of a run's hours from which its verification is named beside them."""
@@ -84,8 +86,9 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     cheapest = min(plan.elsewhere, key=lambda row: row["cost_usd"] or row["usd_per_million_tokens"] or math.inf)
     shown += [cheapest] if cheapest not in shown else []
     table = Table(box=None, pad_edge=False)
-    for heading in ("on", "plan", "GiB", "tokens/s", "hours", "$/h", "$", "$ a million tokens"):
+    for heading in ("on", "plan", "GiB a GPU", "tokens/s", "run hours", "$/h", "run $", "$ a million tokens"):
         table.add_column(heading, justify="left" if heading in ("on", "plan") else "right")
+    in_hours = "{:.2f}" if any((row["hours"] or 0) >= 1 for row in shown) else "{:.3f}"  # what is in order shows
     for row in shown:
         nodes = f"{row['nodes']} nodes of " if row["nodes"] > 1 else ""
         parts = [row["precision"], *([row["sharding"]] if row["sharding"] != "none" else [])]
@@ -94,17 +97,18 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
         parts += [counted(row["micro_batch_size"], "row")]
         asked = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.world_size
         parts += [f"batch.global_size={row['global_size']}"] if row["global_size"] != asked else []
+        is_here = all(row[name] == getattr(plan.hardware, name) for name in ("gpu", "count", "nodes"))
+        marks = [""] + ["this plan"] * is_here + ["cheapest"] * (row is cheapest)
         table.add_row(
-            f"{nodes}{row['count']}x {row['gpu']}", ", ".join(parts), f"{row['needs_gib']:.1f}",
-            figure(row["tokens_per_second"], "{:,.0f}"), figure(row["hours"], "{:.2f}"),
+            f"{nodes}{row['count']}x {row['gpu']}{', '.join(marks)}", ", ".join(parts), f"{row['needs_gib']:.1f}",
+            figure(row["tokens_per_second"], "{:,.0f}"), figure(row["hours"], in_hours),
             figure(row["usd_per_hour"], "{:.2f}"), figure(row["cost_usd"], "{:.2f}"),
             figure(row["usd_per_million_tokens"], "{:.3f}"),
         )
     left = len(plan.elsewhere) - len(shown)
     more = f" (and {left} more in plan.json)" if left else ""
     dates = " and ".join(sorted({row["price"].rpartition(" of ")[2] for row in shown if row["price"]}))
-    last = ", the cheapest last" if cheapest in shown[ELSEWHERE_ROWS:] else ""
-    order = f"best first by plan.objective{last}"
+    order = FIRST.get(plan.elsewhere_order or "", "best first by plan.objective")
     said = f"machines of the catalogue that hold it{more}, {order}, at list prices of {dates}"
     said += "; a plan made for one may be some per cent faster than this quick search found"
     console.print(f"{said}:", highlight=False, soft_wrap=True)

@@ -106,10 +106,25 @@ def test_the_table_prints_the_first_and_the_cheapest_with_the_dates_of_prices() 
     made = plan()
     print_plan(made, console)
     said = console.file.getvalue()
-    assert "machines of the catalogue that hold it (and 17 more in plan.json), best first by plan.objective" in said
+    assert "machines of the catalogue that hold it (and 17 more in plan.json), shortest run first (plan.objec" in said
     assert "2026-11-09" in said
     cheapest = min(made.elsewhere, key=lambda row: row["cost_usd"])
-    assert f"{cheapest['count']}x {cheapest['gpu']}" in said and "longest row that fits here" in said
+    assert f"{cheapest['count']}x {cheapest['gpu']}, cheapest " in said and "longest row that fits here" in said
+
+
+@pytest.mark.parametrize(("objective", "first"), [
+    ("time", "shortest run first"), ("cost", "cheapest run first"), ("memory", "least memory first"),
+])
+def test_the_table_says_its_order_and_marks_this_plan_and_the_cheapest(objective, first) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    job = compose(["recipe=lora_8b", "hardware=l40s_x1", f"plan.objective={objective}"]).job
+    made = make_plan(job, 500_000, with_elsewhere=True)
+    print_plan(made, console)
+    said = console.file.getvalue()
+    assert f"{first} (plan.objective={objective}; of equals within 2% the cheaper)" in said
+    assert said.count(", cheapest  ") == 1 and said.count(", this plan  ") == (objective == "cost")
+    print_plan(replace(made, elsewhere_order=None), console)
+    assert "best first by plan.objective, at" in console.file.getvalue()  # a plan of before
 
 
 def test_runners_up_are_in_the_order_of_their_speed() -> None:
