@@ -161,7 +161,8 @@ def exports_in(folder: Path) -> list[Path]:
     for a run that has exported nothing yet.
     """
     if not os.path.isdir(folder):
-        raise ExportRejected(f"{_no_folder(folder)}; {_meant(folder) or 'give a run directory, or one export of it'}")
+        give = _meant(folder) or "give a run directory, or one export of it (RUN/export/bf16)"
+        raise ExportRejected(f"{_no_folder(folder)}; {give}")
     if os.path.lexists(folder / NAME):
         if (artifact := _bundled(folder)) is not None:
             raise ExportRejected(
