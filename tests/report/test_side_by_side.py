@@ -111,6 +111,8 @@ def test_plans_alone_are_told_by_their_number_unless_asked_for(tmp_path, capsys)
         said = capsys.readouterr().out
         assert "".join(line[0] for line in said.splitlines() if line[1:2] == " " and line[0] in "abcd") == names
         assert (told in said) is says
+    assert main(["runs", str(tmp_path)]) == main(["runs", "--all", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count(told) == 1
     for name in "ad":
         shutil.rmtree(tmp_path / name)
     show_runs([tmp_path], Console())
