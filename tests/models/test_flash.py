@@ -35,6 +35,11 @@ WINDOWED = flash.Call(heads=2, key_value_heads=2, head_dim=64, scale=0.1, window
 BOTH = [GROUPED, WINDOWED]
 
 
+@pytest.fixture(scope="module")
+def tiny(few_words):
+    return few_words
+
+
 @pytest.fixture
 def own():
     """A kernel that stands for PyTorch's, which has none for a CPU."""

@@ -38,10 +38,11 @@ from loadmaster.training.rehearsal import Rehearsed, rehearse
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.watchdog import Watchdog
 from loadmaster.training.world import World
+from tests.conftest import FEW_WORDS
 
 PLAN = Plan(
     fits=True,
-    model=ModelSummary("tiny", 0, 0, 2, 64, 49152, "llama"),
+    model=ModelSummary("tiny", 0, 0, 2, 64, FEW_WORDS, "llama"),
     hardware=HardwareSummary("cpu", 1, 1, 8.0, 8.0),
     method="full",
     precision="fp32",
@@ -74,12 +75,17 @@ JOB = Job(
 )
 
 
+@pytest.fixture(scope="module")
+def tiny(few_words):
+    return few_words
+
+
 def rows(documents: int = 40, seed: int = 0):
     generator = np.random.default_rng(seed)
     made = []
     for _ in range(documents):
         size = int(generator.integers(8, 40))
-        made.append((generator.integers(3, 49152, size).tolist(), (np.arange(size) >= size // 3).tolist()))
+        made.append((generator.integers(3, FEW_WORDS, size).tolist(), (np.arange(size) >= size // 3).tolist()))
     return packed_rows(made, 64)
 
 
