@@ -84,7 +84,7 @@ def test_a_pod_that_was_lost_before_its_job_had_ended_is_an_error(place, s3) -> 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_volume_that_answers_badly_is_read_all_the_same(s3, kind, tmp_path) -> None:
     Unwatched(s3, {}, {}).put(f"{JOBS}/ended-0.json", b"[5, null]")
-    with Bucket("vol0001", "EU-RO-1") as bucket:
+    with Bucket("vol0001", "EU-RO-1", read_timeout_s=1) as bucket:
         for call in (1, 2):
             s3.faults = {len(s3.calls) + call: kind}
             assert ended_module.ended(bucket, "loadmaster-x", 1).code == 5
