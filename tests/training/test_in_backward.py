@@ -26,6 +26,11 @@ UNCLIPPED = dataclasses.replace(JOB, optimizer=OptimizerConfig(lr=1e-3, max_grad
 WHOLE = dataclasses.replace(PLAN, micro_batch_size=4, gradient_accumulation_steps=1)
 
 
+@pytest.fixture(scope="module")
+def tiny(few_words):
+    return few_words
+
+
 def trained(tiny, folder, in_backward: bool, job=UNCLIPPED, **changed):
     plan = dataclasses.replace(WHOLE, optimizer_in_backward=in_backward, **changed)
     session, _ = train(

@@ -55,6 +55,16 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def tiny(few_words):
+    return few_words
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return load_tokenizer(tiny)
+
+
+@pytest.fixture(scope="module")
 def pairs(tokenizer):
     return prepare(job_of("dpo"), tokenizer)
 
