@@ -12,6 +12,7 @@ from loadmaster.models.float8 import train_in_fp8
 from loadmaster.models.load import random_model
 from loadmaster.preflight.config_json import refuse_uncountable
 from loadmaster.preflight.families import FAMILIES
+from tests.conftest import FEW_WORDS
 from tests.training import test_loop
 
 SIZES = {
@@ -43,7 +44,8 @@ def test_a_model_whose_layers_see_other_documents_or_what_is_to_come_is_refused(
 def test_a_model_that_keeps_them_apart_passes_and_runs_packed_as_before(family, dtype):
     """Those that are modelled exactly do: training does not try them."""
     experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
-    model = made({"model_type": family, **SIZES, "head_dim": 16, **experts}, dtype)
+    few = {"vocab_size_per_layer_input": SIZES["vocab_size"]}  # of gemma4_text, which has 262,144 by itself
+    model = made({"model_type": family, **SIZES, "head_dim": 16, **experts, **few}, dtype)
     refuse_mixing(model, 512)
     assert model.config._attn_implementation == "loadmaster_packed"
 
@@ -81,10 +83,10 @@ ROUTES = {"model_type": "phimoe", **SIZES, "num_local_experts": 4, "num_experts_
     ],
     ids=["mixes", "stops", "routes in 4 bits"],
 )
-def test_a_family_that_is_not_modelled_is_tried_before_its_first_step(config, method, said, tiny, tmp_path):
+def test_a_family_that_is_not_modelled_is_tried_before_its_first_step(config, method, said, few_words, tmp_path):
     kind, folder = config["model_type"], tmp_path / "model"
-    made({**config, "vocab_size": 49152}).save_pretrained(folder)
-    for file in tiny.glob("*token*"):
+    made({**config, "vocab_size": FEW_WORDS}).save_pretrained(folder)
+    for file in few_words.glob("*token*"):
         (folder / file.name).write_bytes(file.read_bytes())
     summary = dataclasses.replace(test_loop.PLAN.model, family=kind)
     prepared = SimpleNamespace(train=test_loop.rows(), validation=None)
