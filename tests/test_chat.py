@@ -26,6 +26,11 @@ HELLO = {"role": "user", "content": "Hello"}
 
 
 @pytest.fixture(scope="module")
+def tiny(few_words):
+    return few_words
+
+
+@pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     code, output = go(
