@@ -24,7 +24,7 @@ class Metas:
 
     def __call__(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         try:
-            key = (function, _key(args), _key([*kwargs.items()]))
+            key = (function, _key(args), _key([*kwargs.items()]) if kwargs else ())
             known = self.known.get(key)
         except TypeError:  # a subclass, a tensor with values, or something without a hash
             return function(*args, **kwargs)
@@ -47,10 +47,10 @@ def _key(value: Any) -> Any:
         if not value.is_meta:
             raise TypeError
         return value.shape, value.stride(), value.dtype
+    if kind is tuple or kind is list:
+        return tuple([_key(part) for part in value])
     if isinstance(value, torch.Tensor):
         raise TypeError
-    if kind in (tuple, list):
-        return tuple([_key(part) for part in value])
     return kind, value
 
 

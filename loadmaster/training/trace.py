@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,26 +163,37 @@ class Live(TorchDispatchMode):
     def __init__(self, metas: Metas | None = None) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
+        self.storages: dict[int, weakref.ref] = {}
         self.live = self.peak = 0
         self.metas = metas or Metas()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch wraps a mode to keep it from being compiled, which costs each operation; nothing is compiled here."""
+        return False
+
     def count(self, tensor: torch.Tensor) -> None:
-        if is_traceable_wrapper_subclass(tensor):  # what it wraps is counted
+        if type(tensor) is not torch.Tensor and is_traceable_wrapper_subclass(tensor):  # what it wraps is counted
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if tensor.device.type != "meta" or key in self.sizes:
+        if key in self.sizes or not tensor.is_meta:
             return
-        self.sizes[key] = storage.nbytes()
-        self.live += storage.nbytes()
+        size = storage.nbytes()
+        self.sizes[key] = size
+        self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key)
+        self.storages[key] = weakref.ref(storage, partial(self._gone, key))
 
-    def _gone(self, key: int) -> None:
+    def _gone(self, key: int, _: object = None) -> None:
         self.live -= self.sizes.pop(key, 0)
+        self.storages.pop(key, None)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = self.metas(function, args, kwargs or {})
+        if type(result) is torch.Tensor:
+            self.count(result)
+            return result
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, torch.Tensor):
                 self.count(value)
