@@ -13,6 +13,7 @@ Nothing is run; with `count` nothing is assembled either. Printed is JSON:
     backward  bytes of a token in use at once that a layer's backward pass makes
     beyond    the same beyond what it was given, which it lets go as it is read
     mixed     graphs with a kernel that sums over tokens and over features at once
+    cards     compute capabilities that kernels are for
 
 The GPU is a stand-in at each place where inductor and Triton ask what it is. A CPU build of PyTorch brings no Triton;
 `make setup` puts one beside the environment, where nothing else finds it.
@@ -47,6 +48,7 @@ from torch._inductor import compile_fx
 from torch._inductor.debug import DebugContext
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton.backends.compiler import GPUTarget
@@ -103,6 +105,7 @@ def stand_in(capability: int) -> None:
         def get_active_torch_device(self) -> torch.device:
             return GPU
 
+    DeviceProperties.create.cache_clear()  # another card's, where this process is a fork of one that had it
     for name in ("cuda", "cuda:0"):
         interfaces.register_interface_for_device(name, Interface)
     interfaces._device_initialized = True
@@ -245,6 +248,7 @@ def generate(
     method: str, precision: str, capability: str, config: str = "{}", fields: str = "{}", what: str = "assemble"
 ) -> dict[str, object]:
     stand_in(int(capability))
+    torch._dynamo.reset()  # a process that this one is a fork of may have generated other code
     torch._inductor.config.fx_graph_cache = False
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.joint_graph_constant_folding = False  # a meta tensor's sum would be a constant to it
@@ -265,7 +269,8 @@ def generate(
     moved = [round(next(moved for kind, _, moved in graphs if kind == way) / TOKENS) for way in ("forward", "backward")]
     backward = next(code for kind, code, _ in graphs if kind == "backward")
     mixed = sum("MixOrderReductionGrid" in code for _, code, _ in graphs)
-    said = {"graphs": found, "bytes": moved, "mixed": mixed}
+    cards = sorted({int(card) for _, code, _ in graphs for card in re.findall(r"\bcc=(\d+)", code)})
+    said = {"graphs": found, "bytes": moved, "mixed": mixed, "cards": cards}
     said |= {"backward": round(made(backward, {}) / TOKENS), "beyond": round(made(backward, given(backward)) / TOKENS)}
     return said
 
