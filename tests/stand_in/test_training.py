@@ -10,14 +10,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from loadmaster.preflight.coefficients import value
 from tests.export.tiny_models import save_tiny_llama
-from tests.runs import ROOT, command, environment, metrics
+from tests.runs import ROOT, environment, metrics
 from tests.stand_in import gpu
+from tests.stand_in.forks import Forks
 
 pytestmark = pytest.mark.slow
 JOB = (
@@ -45,18 +47,28 @@ TOGETHER = [
     (*FULL, "sharding=zero3", "offload=all"),
     ("method=qlora", "sharding=zero3"),
 ]
-COMPILED = [
+COMPILED = [  # of the same number of GPUs one after another
     ("method=lora", "activation_checkpointing=full", "checkpointed_layers=1"),
-    ("method=lora", "precision=fp8", "sharding=ddp"),
     ("method=qlora", "activation_checkpointing=offload"),
     (*FULL,),
     (*FULL, "optimizer.name=adamw_bf16"),
+    ("method=lora", "precision=fp8", "sharding=ddp"),
 ]
 
 
+FORKS: dict[tuple[int, bool], Forks] = {}
+"""The process that runs are forks of: one at a time, for its memory. Tests are in the order that needs few."""
+
+
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    return gpu.build(tmp_path_factory.mktemp("stand_in"))
+def library(tmp_path_factory) -> Iterator[Path]:
+    yield gpu.build(tmp_path_factory.mktemp("stand_in"))
+    end_forks()
+
+
+def end_forks() -> None:
+    while FORKS:
+        FORKS.popitem()[1].end()
 
 
 @pytest.fixture(scope="module")
@@ -111,22 +123,24 @@ def of_gpus(gpus: int, library: Path, interpret: bool = False) -> dict[str, str]
     path = os.pathsep.join([str(Path(gpu.__file__).parent / "site"), str(ROOT)])
     world = {"STAND_IN_GPUS": str(gpus), "STAND_IN_LIBRARY": str(library), "PYTHONPATH": path}
     world["DS_ACCELERATOR"] = "cuda"  # a process that had none before says cpu
-    return {**environment(), **world, **({"TRITON_INTERPRET": "1"} if interpret else {})}
+    # Processes that compile beside it would be as long at their imports as the run is; interpreted, nothing is compiled.
+    compiled = {"TRITON_INTERPRET": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} if interpret else {}
+    return {**environment(), **world, **compiled}
 
 
 def train(
     folder: Path, base: Path, library: Path, gpus: int, *words: str, interpret: bool = False
 ) -> subprocess.CompletedProcess:
     world = of_gpus(gpus, library, interpret) if gpus else environment()
+    if (gpus, interpret) not in FORKS:
+        end_forks()
+        FORKS[gpus, interpret] = Forks(world)
     if interpret:
         world["LOADMASTER_CACHE"] = str(folder / "cache")
     else:
         words = ("compile=false", *words)
-    hardware = ("hardware=local",) if gpus else ("hardware=cpu",)
-    return subprocess.run(
-        command(*JOB, *hardware, f"model.path={base}", *words),
-        cwd=folder, capture_output=True, text=True, check=False, timeout=600, env=world,
-    )
+    hardware = "hardware=local" if gpus else "hardware=cpu"
+    return FORKS[gpus, interpret].run([*JOB, hardware, f"model.path={base}", *words], folder, world)
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +173,31 @@ def test_one_gpu_trains_as_the_processor_does_in_the_memory_that_was_planned(tmp
     check(tmp_path, train(tmp_path, base, library, 1, *words), expected, words[0].partition("=")[2])
 
 
+def test_layers_that_are_made_again_take_what_was_planned(tmp_path, small, library):
+    """Where nothing but a layer's backward pass is the peak: few words, long rows."""
+    done = train(tmp_path, small, library, 1, *FULL, "activation_checkpointing=full", "sequence_length=2000")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    allocated = json.loads((tmp_path / "run/result.json").read_text())["prediction"]["allocated"]
+    predicted = allocated["predicted_gib"] - value("context", "cublas_workspace_gib")
+    assert allocated["measured_gib"] == pytest.approx(predicted, rel=0, abs=0.02 * predicted + 1e-4)
+
+
 @pytest.mark.parametrize("words", TOGETHER, ids=" ".join)
 def test_two_gpus_train_as_the_processor_does_in_the_memory_that_was_planned(tmp_path, base, library, expected, words):
     check(tmp_path, train(tmp_path, base, library, 2, *words), expected, words[0].partition("=")[2])
+
+
+def test_compiled_experts_train_as_the_plain_ones(tmp_path, experts, library):
+    losses = []
+    for compiled in ("true", "false"):
+        folder = tmp_path / compiled
+        folder.mkdir()
+        job = (*FULL, f"compile={compiled}", "sequence_length=128")
+        done = train(folder, experts, library, 1, *job, interpret=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        losses.append([row["loss"] for row in metrics(folder / "run")])
+        assert json.loads((folder / "run/result.json").read_text())["recompilations"] == 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("words", COMPILED, ids=" ".join)
@@ -182,28 +218,6 @@ def test_compiled_layers_train_as_the_plain_ones_in_the_memory_that_was_planned(
     predicted = allocated["predicted_gib"] - value("context", "cublas_workspace_gib")
     # Both are rounded to 1e-4.
     assert allocated["measured_gib"] == pytest.approx(predicted, rel=0, abs=0.02 * predicted + 1e-4)
-
-
-def test_layers_that_are_made_again_take_what_was_planned(tmp_path, small, library):
-    """Where nothing but a layer's backward pass is the peak: few words, long rows."""
-    done = train(tmp_path, small, library, 1, *FULL, "activation_checkpointing=full", "sequence_length=2000")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    allocated = json.loads((tmp_path / "run/result.json").read_text())["prediction"]["allocated"]
-    predicted = allocated["predicted_gib"] - value("context", "cublas_workspace_gib")
-    assert allocated["measured_gib"] == pytest.approx(predicted, rel=0, abs=0.02 * predicted + 1e-4)
-
-
-def test_compiled_experts_train_as_the_plain_ones(tmp_path, experts, library):
-    losses = []
-    for compiled in ("true", "false"):
-        folder = tmp_path / compiled
-        folder.mkdir()
-        job = (*FULL, f"compile={compiled}", "sequence_length=128")
-        done = train(folder, experts, library, 1, *job, interpret=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        losses.append([row["loss"] for row in metrics(folder / "run")])
-        assert json.loads((folder / "run/result.json").read_text())["recompilations"] == 0
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_the_fused_kernel_of_capped_scores_attends_as_the_exact_one_does(tmp_path, library):
