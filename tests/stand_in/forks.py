@@ -82,6 +82,7 @@ def _import() -> None:
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         import loadmaster.pipeline
+        import loadmaster.report.page
         import loadmaster.training.loop  # noqa: F401
 
         if os.environ.get("TRITON_INTERPRET"):

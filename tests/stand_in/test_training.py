@@ -83,14 +83,15 @@ def base(tmp_path_factory, smollm2) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, smollm2) -> Path:
-    """Of few words: the interpreter takes a second for some ten million logits."""
+    """Of few words: the interpreter takes a second for some ten million logits. 7 * 128: it runs as many programs of a
+    kernel over the embeddings, of 1000 words 125."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special, bytes_ = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=bytes_, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=896, special_tokens=special, initial_alphabet=bytes_, show_progress=False)
     tokenizer.train([str(ROOT / "data/tickets/train.jsonl")], trainer)
     known = {"bos_token": special[1], "eos_token": special[2], "pad_token": special[2]}
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known)
@@ -123,7 +124,7 @@ def of_gpus(gpus: int, library: Path, interpret: bool = False) -> dict[str, str]
     path = os.pathsep.join([str(Path(gpu.__file__).parent / "site"), str(ROOT)])
     world = {"STAND_IN_GPUS": str(gpus), "STAND_IN_LIBRARY": str(library), "PYTHONPATH": path}
     world["DS_ACCELERATOR"] = "cuda"  # a process that had none before says cpu
-    # Processes that compile beside it would be as long at their imports as the run is; interpreted, nothing is compiled.
+    # Processes that compile beside it would import for longer than it runs; what is interpreted needs none.
     compiled = {"TRITON_INTERPRET": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} if interpret else {}
     return {**environment(), **world, **compiled}
 
