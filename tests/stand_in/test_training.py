@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,6 +21,9 @@ from tests.export.tiny_models import save_tiny_llama
 from tests.runs import ROOT, environment, metrics
 from tests.stand_in import gpu
 from tests.stand_in.forks import Forks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 pytestmark = pytest.mark.slow
 JOB = (
@@ -81,34 +85,40 @@ def base(tmp_path_factory, smollm2) -> Path:
     return save_tiny_llama(folder, AutoTokenizer.from_pretrained(smollm2), tie_word_embeddings=False, **sizes)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory, smollm2) -> Path:
-    """Of few words: the interpreter takes a second for some ten million logits. 7 * 128: it runs as many programs of a
-    kernel over the embeddings, of 1000 words 125."""
+def tokenizer_of(words: int, smollm2: Path) -> PreTrainedTokenizerFast:
+    """Few: the interpreter takes a second for some ten million logits."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special, bytes_ = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=896, special_tokens=special, initial_alphabet=bytes_, show_progress=False)
-    tokenizer.train([str(ROOT / "data/tickets/train.jsonl")], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=words, special_tokens=special, initial_alphabet=bytes_, show_progress=False
+    )
+    made.train([str(ROOT / "data/tickets/train.jsonl")], trainer)
     known = {"bos_token": special[1], "eos_token": special[2], "pad_token": special[2]}
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known)
+    whole = PreTrainedTokenizerFast(tokenizer_object=made, **known)
     whole.chat_template = AutoTokenizer.from_pretrained(smollm2).chat_template
-    folder, sizes = tmp_path_factory.mktemp("small"), {"hidden_size": 128, "intermediate_size": 256}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 64, "initializer_range": 0.05}
-    return save_tiny_llama(folder, whole, tie_word_embeddings=False, **sizes)
+    return whole
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory, small) -> Path:
+def small(tmp_path_factory, smollm2) -> Path:
+    """Of 7 * 128 words: a kernel over the embeddings is as many programs, of 1000 words 125."""
+    folder, sizes = tmp_path_factory.mktemp("small"), {"hidden_size": 128, "intermediate_size": 256}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 64, "initializer_range": 0.05}
+    return save_tiny_llama(folder, tokenizer_of(896, smollm2), tie_word_embeddings=False, **sizes)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory, smollm2) -> Path:
     import torch
-    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("experts")
-    tokenizer = AutoTokenizer.from_pretrained(small)
+    tokenizer = tokenizer_of(1000, smollm2)
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer), hidden_size=128, moe_intermediate_size=128, num_hidden_layers=1, num_experts=8,
         num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=64, initializer_range=0.05,
