@@ -102,7 +102,7 @@ def test_a_plan_for_a_card_is_not_trained_where_there_is_none(tiny, tmp_path, mo
 def test_a_plan_is_shown_while_another_process_works_in_its_folder_and_not_kept(tiny, tmp_path):
     with RunDir(tmp_path / "run", "").locked():
         code, output = go(tiny, tmp_path, "stop_after=plan")
-    assert code == 0 and "(0 million parameters) on" in output, output
+    assert code == 0 and "(0.336 million parameters) on" in output, output
     assert output.endswith(f"this plan is not kept: another process works in {tmp_path / 'run'}\n")
     assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
 
@@ -262,7 +262,7 @@ def test_a_plan_by_which_nothing_was_trained_is_made_anew_and_one_of_a_run_is_sh
     assert "plan: done" in output and speed < 1e6
     assert go(tiny, tmp_path, "stop_after=train")[0] == 0
     output, speed = planned_again()
-    assert "plan: unchanged, skipped" in output and "(0 million parameters) on" in output and speed == 1e9
+    assert "plan: unchanged, skipped" in output and "(0.336 million parameters) on" in output and speed == 1e9
 
 
 def test_a_plan_that_fits_no_more_is_not_trained_by(tiny, tmp_path, monkeypatch, capsys):

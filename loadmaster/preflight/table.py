@@ -226,5 +226,5 @@ def _alternative(option: dict[str, Any]) -> str:
 
 
 def _billions(parameters: int) -> str:
-    many = f"{parameters / 1e9:.2f} billion" if parameters >= 1e9 else f"{parameters / 1e6:.0f} million"
+    many = f"{parameters / 1e9:.2f} billion" if parameters >= 9.995e8 else f"{parameters / 1e6:.3g} million"
     return f"{many} parameters"
