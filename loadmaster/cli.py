@@ -68,7 +68,7 @@ options, as of python train.py:
   --config-name, -cn NAME    another primary file than conf/train.yaml
 """
 DRY_RUN = """\
-  --dry-run                  launch=runpod, ssh, slurm: print the plan and the requests; start nothing
+  --dry-run                  launch=runpod, ssh, slurm: print the plan and the exact requests; start nothing
 """
 MORE_HELP = "\nfields, groups and recipes: python train.py --help, and docs/configuration.md\n"
 

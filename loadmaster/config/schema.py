@@ -365,7 +365,7 @@ class LaunchConfig:
     yes: Flag = False
     """Rent without asking."""
     dry_run: Flag = False
-    """Print the requests that would be sent, packed files by names and sizes, and stop. Needs no key."""
+    """Print the exact requests that would be sent, and stop. Needs no key."""
 
 
 @dataclass(frozen=True, config=CLOSED)

@@ -238,14 +238,19 @@ def _print_requests(launch: Launch, provider: Provider, choice: Choice, order: O
         requests.append(provider.volume_request(settings.volume, volume_gb(settings, choice), place))
         order = with_volume(order, Volume("<id of the volume above>", settings.volume, 0, place))
     requests += provider.rent_requests(order)
-    launch.console.out(json.dumps([_shortened(request) for request in requests], indent=2), highlight=False)
+    if launch.console.is_terminal:
+        requests = [_shortened(request) for request in requests]
+    launch.console.out(json.dumps(requests, indent=2), highlight=False)
 
 
 def _shortened(request: dict[str, Any]) -> dict[str, Any]:
-    """Packed files are pages of base64: which they are, and how much of it, says more."""
+    """Packed files are pages of base64: on a terminal, which they are and how much of it says more."""
     env = request["body"].get("env", {})
     long = {name: value for name, value in env.items() if len(value) > SHOWN_CHARACTERS or name == PAYLOAD}
-    short = {name: f"{value[:20]}... ({len(value):,} characters{_within(name, value)})" for name, value in long.items()}
+    short = {
+        name: f"{value[:20]}... ({len(value):,} characters, whole in a pipe{_within(name, value)})"
+        for name, value in long.items()
+    }
     return {**request, "body": {**request["body"], **({"env": env | short} if env else {})}}
 
 

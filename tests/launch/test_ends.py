@@ -24,8 +24,9 @@ from loadmaster.config.compose import Composed, compose
 from loadmaster.errors import LoadmasterError, ProviderError, StoppedOnRequest
 from loadmaster.launch import follow
 from loadmaster.launch import job as job_module
-from loadmaster.launch.job import launch_job
+from loadmaster.launch.job import PAYLOAD, launch_job
 from loadmaster.launch.machines import list_pods, sweep_pods
+from loadmaster.launch.payload import packed_files
 from tests.launch.fake_runpod import FAULTS, Problem
 from tests.launch.place import PACKAGE, everything_written, wait_until
 from tests.launch.test_launch_job import scripted
@@ -285,15 +286,20 @@ def test_a_terminal_gets_a_bar_and_keeps_the_lines(place):
     assert "| token is None" in place.said and "step 3 of 6" not in place.said
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_dry_run_names_what_is_packed_and_does_not_print_it(place, terminal):
-    place.console = Console(file=place.text, width=160, force_terminal=terminal, color_system=None)
+def test_a_dry_run_on_a_terminal_names_what_is_packed_and_in_a_pipe_prints_it(place):
     (place.folder / "mine.jsonl").write_text('{"text": "some words of mine"}\n')
-    assert place.launch("launch.dry_run=true", "launch.package=auto", "data=file", "data.path=mine.jsonl") == 0
-    env = json.loads(place.said[place.said.index("\n[\n") :])[1]["body"]["env"]
-    assert re.fullmatch(r"\S{20}\.\.\. \(98,304 characters\)", env["LOADMASTER_WHEEL_0"])
+    words = ("launch.dry_run=true", "launch.package=auto", "data=file", "data.path=mine.jsonl")
+    env = {}
+    for terminal in (False, True):
+        place.text = io.StringIO()
+        place.console = Console(file=place.text, width=160, force_terminal=terminal, color_system=None)
+        assert place.launch(*words) == 0
+        env[terminal] = json.loads(place.said[place.said.index("\n[\n") :])[1]["body"]["env"]
+    assert len(env[False]["LOADMASTER_WHEEL_0"]) == 98_304 and "data/0-mine.jsonl" in packed_files(env[False][PAYLOAD])
+    env = env[True]
+    assert re.fullmatch(r"\S{20}\.\.\. \(98,304 characters, whole in a pipe\)", env["LOADMASTER_WHEEL_0"])
     files = r"constraints\.txt \d\.\d kB, data/0-mine\.jsonl 0\.0 kB, job\.yaml \d\.\d kB"
-    assert re.fullmatch(rf"\S{{20}}\.\.\. \([\d,]+ characters: {files}\)", env["LOADMASTER_PAYLOAD"])
+    assert re.fullmatch(rf"\S{{20}}\.\.\. \([\d,]+ characters, whole in a pipe: {files}\)", env[PAYLOAD])
     assert len(place.said) < 12_000 and json.loads(env["LOADMASTER_JOB"])["package"] is None
 
 
