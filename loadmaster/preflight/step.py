@@ -113,9 +113,11 @@ def evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool = True) -> 
 def _evaluation_batch(shape: ModelShape, setup: Setup, in_place: bool) -> Replayed:
     tape = Tape(in_place)
     b = Blocks(tape, shape, setup, False)
-    # Where layers stay whole the first batch needs most: it gathers them.
-    before = _reference(b) or not setup.keeps_weights
     with tape.gradients(False):
+        # Of sharded weights the first batch gathers some, and others find them whole: either may need more.
+        if before := setup.passes_first or setup.shards > 1:
+            _forward(b)
+            tape.work = Work()
         loss, done, _ = _forward(b, before)
     del loss
     tape.top()

@@ -208,8 +208,6 @@ class Units:
             return x
         if not self._stays and "head" not in self.parameters:
             self._gather("head", self.head)
-        elif not self.tape.enabled and not self.b.setup.passes_first:
-            self.held = [self._buffer(self.head)]  # of the first batch, before which it was not yet whole
         self.leaves["head"] = self.outside.pop("head")
         return self.tape.on_gradient(x, partial(self._reduce, "head", self.head))
 

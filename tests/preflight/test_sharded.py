@@ -151,9 +151,11 @@ def test_preference_tunings_memory_equals_a_trace_of_fully_shard(method: str, ob
 
 
 @pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.parametrize(("tied", "vocabulary", "tokens"), [(False, 64000, 16), (False, 256, 512), (True, 5003, 512)])
+@pytest.mark.parametrize(
+    ("tied", "vocabulary", "tokens"), [(False, 64000, 16), (False, 256, 512), (True, 5003, 512), (True, 64000, 16)]
+)
 def test_an_evaluations_memory_equals_a_trace_of_fully_shard(reshard, tied, vocabulary, tokens) -> None:
-    """The second batch finds whole what the first has left so."""
+    """The second batch finds whole what the first has left so, and the first gathers it."""
     config = {**random_config("llama", 1), "vocab_size": vocabulary, "tie_word_embeddings": tied}
     setup = Setup(
         method="lora", precision="bf16", optimizer="adamw", master_weights=True, sharding="fsdp",
