@@ -263,7 +263,7 @@ class StageRun:
         watch.at(0, "evaluate")
         with nullcontext() if whole else model.disable_adapter():
             self._ask_reference(loss)
-            before = self._evaluate_model(model, loss, "before training")
+            before = self._evaluate_model(strategy, model, loss, "before training")
         if "held_out" in before:
             before["held_out"] = before_training(before["held_out"], self.job.objective)
         if whole:
@@ -273,7 +273,7 @@ class StageRun:
             watch.at(0, "load")
             model, loss = strategy.for_evaluation(self.materials.base_folder, trained_folder)
             watch.at(0, "evaluate")
-        after = self._evaluate_model(model, loss, "after training")
+        after = self._evaluate_model(strategy, model, loss, "after training")
         if self.world.lead:
             write_json(self.run_dir / "eval.json", storable({"before": before, "after": after}))
             samples = after.pop("samples", None)
@@ -308,9 +308,8 @@ class StageRun:
         refuse_other_world(self.plan, self.world)
         return STRATEGIES[self.plan.sharding](self.job, self.plan, self.world)
 
-    def _evaluate_model(self, model: Any, loss: Any, when: str) -> dict[str, Any]:
+    def _evaluate_model(self, strategy: Any, model: Any, loss: Any, when: str) -> dict[str, Any]:
         from loadmaster.evaluation import run_task, some_answers
-        from loadmaster.training.sharding import STRATEGIES
 
         figures: dict[str, Any] = {}
         if self.materials.prepared.validation is not None:
@@ -320,7 +319,7 @@ class StageRun:
             lambda done, wanted: self._answered(done, wanted, when), self.world,
         )
         if self.job.evaluation.task != "none":
-            with STRATEGIES[self.plan.sharding].generating(loss):
+            with strategy.generating(loss):
                 figures["task"] = run_task(*asked)
         elif samples := some_answers(*asked):
             figures["samples"] = samples

@@ -21,7 +21,7 @@ from loadmaster.data.render import stop_token_ids
 from loadmaster.errors import ConfigError
 from loadmaster.evaluation.mode import evaluating
 from loadmaster.models.attention import cached_attention
-from loadmaster.models.forward import causal_lm, decoder_layers
+from loadmaster.models.forward import causal_lm, decoder_layers, input_device
 from loadmaster.out_of_memory import ran_out
 from loadmaster.preflight.answers import answer_bytes
 from loadmaster.preflight.config_json import from_config
@@ -109,7 +109,7 @@ def answer(
     """
     stops = stop_ids(model, tokenizer)
     settings = _settings(stops, _pad_id(tokenizer), max_new_tokens, temperature)
-    input_ids_1S = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
+    input_ids_1S = torch.tensor([list(prompt)], device=input_device(model))
     with evaluating(model), cached_attention(model), _as_asked(causal_lm(model)):
         output_1N = causal_lm(model).generate(
             input_ids=input_ids_1S, attention_mask=torch.ones_like(input_ids_1S), generation_config=settings,
@@ -208,7 +208,7 @@ def _generate_batch(
 ) -> list[list[int]]:
     """New token ids of each prompt, up to and without its first stop token; in_step: with every other rank."""
     longest = max(map(len, prompts))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     input_ids_BS = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     greedy = _settings(stops, pad_id, max_new_tokens)

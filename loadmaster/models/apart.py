@@ -20,7 +20,7 @@ from loadmaster.data.rows import NO_LOSS
 from loadmaster.errors import LoadmasterError
 from loadmaster.models.attention import PACKED, AttentionInterface, cached_attention, packed_attention
 from loadmaster.models.float8 import products_in_bf16
-from loadmaster.models.forward import causal_lm, trained_hidden
+from loadmaster.models.forward import causal_lm, input_device, trained_hidden
 from loadmaster.models.transfer import put
 
 TOKENS = 9
@@ -70,7 +70,7 @@ def _window_of_the_mask(model: nn.Module) -> int | None:
     window = getattr(text, "sliding_window", None)
     if not isinstance(window, int) or window < FEW:
         return None
-    device = next(lm.get_input_embeddings().parameters()).device
+    device = input_device(lm)
     ids = 37 * torch.arange(TOKENS) % text.vocab_size
     batch = MicroBatch(ids[None], ids[None], torch.arange(TOKENS)[None])
     with torch.compiler.set_stance("force_eager"), products_in_bf16(lm):
@@ -114,7 +114,7 @@ def _alone(model: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
 def _distances(model: nn.Module) -> tuple[float, float]:
     """How far a document's last hidden states behind one other are from those behind another, and from those alone."""
     lm = causal_lm(model)
-    device = next(lm.get_input_embeddings().parameters()).device
+    device = input_device(lm)
     one, other, document = (37 * torch.arange(3 * TOKENS) % lm.config.get_text_config().vocab_size).split(TOKENS)
     labels = torch.cat([torch.full_like(one, NO_LOSS), document])[None]
     places = torch.arange(TOKENS).repeat(2)[None]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from loadmaster.data.rows import NO_LOSS
@@ -27,6 +28,15 @@ def causal_lm(model: nn.Module) -> nn.Module:
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the embedding looks tokens up. Shards of it may live in host memory, and are gathered on their mesh."""
+    # Not `.weight`: under zero3 DeepSpeed takes a module that reads it for its user, and keeps it whole for that long.
+    weight = next(causal_lm(model).get_input_embeddings().parameters())
+    if isinstance(weight, DTensor) and weight.device.type == "cpu":
+        return torch.device(weight.device_mesh.device_type)
+    return weight.device
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -68,8 +78,7 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
 def trained_hidden(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [T, h] that predict trained tokens, those tokens [T], and (on the host) their documents [T]."""
     lm = causal_lm(model)
-    # Not `.weight`: under zero3 DeepSpeed takes a module that reads it for its user, and keeps it whole for that long.
-    device = next(lm.get_input_embeddings().parameters()).device
+    device = input_device(lm)
     bounds = document_bounds(batch.position_ids)
     targets = shifted_targets(batch.labels, batch.position_ids)
     trained = torch.nonzero(targets != NO_LOSS).squeeze(-1)

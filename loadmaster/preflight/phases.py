@@ -32,6 +32,7 @@ from loadmaster.preflight.memory import (
 from loadmaster.preflight.plan import MemoryGib, PhasesGib
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
+from loadmaster.preflight.shards import units
 from loadmaster.preflight.step import evaluation_batch
 from loadmaster.preflight.verification import answering_bytes, answers_at_a_time, verifying
 
@@ -63,6 +64,8 @@ def answering(job: Job, shape: ModelShape, hardware: Hardware, setup: Setup) -> 
         return Bytes(), 0
     batch = evaluation_batch(shape, setup).at_peak
     gathered = gathered_forward(shape, setup, sum(batch.values()))
+    if setup.shards > 1 and setup.reshard_after_forward and (embedding := units(shape, setup).embedding):
+        gathered += embedding.gathered  # whole as long as answers are made (training/sharding.py)
     beside = Bytes(
         weights=resident(shape, setup)[0] if setup.offload != "all" else 0.0,
         quantization=batch["quantization"],

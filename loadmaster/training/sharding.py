@@ -175,17 +175,24 @@ class FullyShard(Strategy):
         torch.distributed.all_reduce(total, group=self.mesh.get_group("shard"))
         return total
 
-    @staticmethod
     @contextmanager
-    def generating(loss: nn.Module) -> Iterator[None]:
-        """What is in no unit of its own whole within the block; units gather themselves when they are called.
+    def generating(self, loss: nn.Module) -> Iterator[None]:
+        """Embedding, norm and head whole within the block; layers gather themselves when they are called.
 
-        After the block nothing is whole, layers that stay so after a forward pass included.
+        The embedding, for it would be gathered for each token, and transformers takes its device for the model's, which
+        for shards in host memory is the host. After the block nothing is whole, layers that stay so after a forward
+        pass included.
         """
-        loss.unshard()
+        embedding, _ = own_units(causal_lm(loss))
+        for module in (loss, *embedding):
+            module.unshard()
+        for module in embedding:
+            module.set_reshard_after_forward(False)
         try:
             yield
         finally:
+            for module in embedding:
+                module.set_reshard_after_forward(self.plan.reshard_after_forward)
             _reshard(loss)
 
     def for_evaluation(self, base_folder: Path, trained_folder: Path | None) -> tuple[nn.Module, nn.Module]:

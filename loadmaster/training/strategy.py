@@ -96,8 +96,7 @@ class Strategy:
         """The sum over the ranks that together hold each trained parameter once."""
         return squares
 
-    @staticmethod
-    def generating(loss: nn.Module) -> AbstractContextManager[Any]:
+    def generating(self, loss: nn.Module) -> AbstractContextManager[Any]:
         """Around calls of the model that do not go through the loss module."""
         return nullcontext()
 

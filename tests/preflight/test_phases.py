@@ -27,10 +27,11 @@ from loadmaster.preflight.config_json import find_shape
 from loadmaster.preflight.disk import EXPORT_BITS, export_bytes
 from loadmaster.preflight.explain import about_verification
 from loadmaster.preflight.hardware import from_catalog
-from loadmaster.preflight.memory import Bytes, backward_and_step_bytes, host_bytes
+from loadmaster.preflight.memory import Bytes, backward_and_step_bytes, communicator_bytes, host_bytes
 from loadmaster.preflight.phases import answering
 from loadmaster.preflight.plan import Plan
 from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.step import evaluation_batch
 from loadmaster.preflight.verification import can_export, verifying
 
 GIB = 2**30
@@ -150,7 +151,11 @@ def test_answers_to_be_read_are_counted_where_a_gpu_holds_all_weights() -> None:
     for data in (DataConfig(validation=None), DataConfig(format="text")):
         assert answering(replace(job, data=data), shape, hardware, alone) == (Bytes(), 0)
     scored = replace(job, evaluation=EvaluationConfig(task="exact_match"))
-    assert answering(scored, shape, hardware, replace(alone, sharding="fsdp"))[1] == 16
+    for reshard in (True, False):  # where layers stay whole the embedding is among what is gathered for a batch
+        setup = replace(alone, sharding="fsdp", reshard_after_forward=reshard)
+        need, asked = answering(scored, shape, hardware, setup)
+        batch = communicator_bytes(hardware) + evaluation_batch(shape, setup).at_peak["communication"]
+        assert asked == 16 and need.communication - batch == reshard * 2 * shape.embedding_parameters
 
 
 def test_fewer_answers_are_asked_at_a_time_where_more_do_not_fit() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from loadmaster.models.forward import causal_lm, input_device
 from loadmaster.preflight.candidate import FORWARDS, FORWARDS_WHOLE
 from loadmaster.preflight.communication import step_traffic
 from loadmaster.preflight.config_json import from_config
@@ -17,8 +20,8 @@ from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shards import whole
 from loadmaster.preflight.step import evaluation_batch
 from loadmaster.training.sharding import codes_without_gradients
-from loadmaster.training.trace import Case
-from tests.preflight.sharded_trace import sharded_peaks, step_bytes
+from loadmaster.training.trace import Case, _meta_model
+from tests.preflight.sharded_trace import micro_batch, sharded_model, sharded_peaks, step_bytes, world_of
 from tests.preflight.test_replay import FAMILIES, random_config
 
 TOLERANCE = 0.001
@@ -164,6 +167,35 @@ def test_an_evaluations_memory_equals_a_trace_of_fully_shard(reshard, tied, voca
     _, peak = sharded_peaks(config, "lora", "bf16", Case(tokens, evaluated=True), 8, reshard_after_forward=reshard)
     replayed = evaluation_batch(from_config(config, "llama"), setup, in_place=False).peak
     assert replayed == pytest.approx(peak, rel=TOLERANCE), f"{replayed / peak - 1:+.3%}"
+
+
+def test_tokens_go_where_an_embedding_whose_shards_are_in_host_memory_is_gathered() -> None:
+    model = _meta_model(random_config("llama", 1))
+    with world_of(2) as mesh:
+        for device, expected in (("cpu", "cuda"), ("meta", "meta")):
+            weight = DTensor.from_local(torch.empty(8, 4, device=device), mesh, run_check=False)
+            model.set_input_embeddings(nn.Embedding(8, 4, _weight=weight))
+            with mock.patch.object(type(mesh), "device_type", "cuda"):
+                assert input_device(model).type == expected
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_an_embedding_of_its_own_stays_whole_while_answers_are_made_and_no_longer(reshard) -> None:
+    config = {**random_config("llama", 1), "vocab_size": 256, "tie_word_embeddings": False}
+    with world_of(8) as mesh, torch.no_grad():
+        engine, root = sharded_model(config, "full", "bf16", Case(16), mesh, "all-linear", reshard)
+        lm = causal_lm(root)
+        embedding, ids = lm.get_input_embeddings(), torch.zeros(1, 16, dtype=torch.long, device="meta")
+        root(micro_batch(Case(16), True))
+        assert isinstance(embedding.weight, DTensor) == reshard
+        engine.settle(root)
+        with engine.generating(root):
+            for _ in range(2):
+                assert not isinstance(embedding.weight, DTensor)
+                embedding(ids)
+        assert all(isinstance(weight, DTensor) for weight in root.parameters())
+        root(micro_batch(Case(16), True))
+        assert isinstance(embedding.weight, DTensor) == reshard
 
 
 def test_hybrid_sharding_keeps_each_layers_sum_to_the_end() -> None:

@@ -211,6 +211,13 @@ def test_compiled_experts_train_as_the_plain_ones(tmp_path, experts, library):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_answers_are_made_by_a_model_whose_shards_are_in_host_memory(tmp_path, base, library):
+    words = (*FULL, "sharding=fsdp", "offload=all", "stop_after=evaluate", "evaluation.max_new_tokens=2")
+    done = train(tmp_path, base, library, 2, *words)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "task" in json.loads((tmp_path / "run/eval.json").read_text())["after"]
+
+
 @pytest.mark.parametrize("words", COMPILED, ids=" ".join)
 def test_compiled_layers_train_as_the_plain_ones_in_the_memory_that_was_planned(tmp_path, small, library, words):
     losses, gpus = [], 2 if "sharding=ddp" in words else 1
