@@ -90,19 +90,21 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     rank that is merged the adapter's part of the gradient, which no product is added to. Under DoRA these lie beside
     what its magnitudes have scaled. With a norm after the MLP its input is gone. Trained whole: one product of the
     gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
-    and fp32; with a norm after the MLP the gradient before it. Without a gate there is one gradient less. Read off the
-    code that inductor generates for a GPU (2.13; tests/models/test_gpu_code.py). With experts, or fused and trained
-    whole, a layer is counted amply as an eager one."""
+    and fp32; with a norm after the MLP the gradient before it, without one the output's gradient in FP8, turned (2.11
+    makes that first, 2.13 later). Without a gate there is one gradient less. Read off the code that inductor generates
+    for a GPU (2.11 and 2.13, the larger; tests/models/test_gpu_code.py). With experts, or fused and trained whole, a
+    layer is counted amply as an eager one."""
     f = shape.intermediate_size
     if shape.experts or (shape.fused and not setup.adapters):
         return 0
+    turned = shape.hidden_size * (setup.precision == "fp8" and not shape.norm_places[3])
     if not shape.gated:
         if not setup.adapters:
-            return (4 if setup.precision == "bf16" else 5) * f
+            return (4 if setup.precision == "bf16" else 5) * f + turned
         return (6 + 2 * setup.dora + (setup.precision == "fp8")) * f
     if not setup.adapters:
         products = 8 if setup.precision == "bf16" else 11 if shape.gelu else 7
-        return products * f + 2 * shape.hidden_size * shape.norm_places[3]
+        return products * f + turned + 2 * shape.hidden_size * shape.norm_places[3]
     names = {m.name for m in shape.adapted(setup.lora_targets)}
     dropped = bool(setup.lora_dropout) and setup.method != "qlora"  # an nf4 base's are made again
     bytes_ = 6

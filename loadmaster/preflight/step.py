@@ -265,21 +265,24 @@ def _at_adapted_product(b: Blocks) -> int:
 
 
 def _at_adapted_attention(b: Blocks) -> int:
-    """At attention's kernel, under adapters: the gradient of its output and its own three results; gate and up and the
-    sum before the MLP are gone."""
+    """At attention's kernel, under adapters: the gradient of the layer's output, which torch 2.11 holds to the end of
+    the compiled backward pass (2.13 lets it go), that of attention's output and its own three results; gate and up are
+    gone."""
     shape = b.shape
-    gone = (1 + shape.gated) * shape.intermediate_size + shape.hidden_size
-    here = 2 * shape.query_size + 2 * shape.key_value_size - gone
+    gone = (1 + shape.gated) * shape.intermediate_size
+    here = shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - gone
     return b.w * b.n * here + attention_scratch(b)
 
 
 def _at_attention(b: Blocks) -> int:
-    """At attention's kernel, trained whole: gradients of the MLP's parameters, which all come out at the end; three of
-    hidden size, that of the output and its own three results; gate and up are gone."""
+    """At attention's kernel, trained whole: gradients of the MLP's parameters, which all come out at the end; four of
+    hidden size, the layer's output's among them (held by torch 2.11, as above) and in FP8 one turned, that of
+    attention's output and its own three results; gate and up are gone."""
     shape = b.shape
     gone = (1 + shape.gated) * shape.intermediate_size
-    here = 3 * shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - gone
-    return b.w * (b.n * here + sum(m.weight for m in shape.mlp_matrices)) + attention_scratch(b)
+    here = 4 * shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - gone
+    turned = b.n * shape.hidden_size * (b.setup.precision == "fp8")
+    return b.w * (b.n * here + sum(m.weight for m in shape.mlp_matrices)) + turned + attention_scratch(b)
 
 
 def _layer(b: Blocks, weights: Weights, second: bool, positions: Storage) -> Callable[[Tensor], Tensor]:

@@ -172,9 +172,9 @@ def test_a_layer_without_a_gate_keeps_and_has_less() -> None:
     f, attention = shape.intermediate_size, 4 * 1024 + 8 + 4 * 1024 + 4 * 256 * 1 + 4 * 16
     assert shape.head_dim == 64 and kept_bytes(shape, setup("full")) == attention + 2 * f
     assert kept_bytes(shape, setup()) == attention + 2 * f + 2 * 16 * 6
-    for method, in_bf16, in_fp8 in (("full", 4, 5), ("lora", 6, 7)):
+    for method, in_bf16, in_fp8, turned in (("full", 4, 5, shape.hidden_size), ("lora", 6, 7, 0)):
         assert in_backward_bytes(shape, setup(method)) == in_bf16 * f
-        assert in_backward_bytes(shape, replace(setup(method), precision="fp8")) == in_fp8 * f
+        assert in_backward_bytes(shape, replace(setup(method), precision="fp8")) == in_fp8 * f + turned
 
 
 def test_compiled_layers_are_counted_with_less_and_recomputed_ones_as_before() -> None:
@@ -224,7 +224,7 @@ def test_layers_trained_whole_have_what_their_code_has(precision: str, products:
     shape = find_shape(ModelConfig(name="meta-llama/Llama-3.2-1B"))
     job = replace(setup("full"), precision=precision, sequence_length=32768, in_backward=in_backward)
     at = training_step(shape, job).phases["layers"]
-    codes = 8192 * 2048 * (precision == "fp8")
+    codes = (8192 + job.tokens) * 2048 * (precision == "fp8")  # of a matrix, and of the output's gradient, turned
     beside = 2 * 128256 * 2048 + job.tokens * (8 + 2 * 2 * 64)  # the head's; positions, and cos and sin
     layers = (16 * kept_bytes(shape, job) + products * 8192 + 2 * 2048) * job.tokens
     assert sum(at.values()) == pytest.approx(layers + codes + beside, rel=1e-4)
@@ -308,11 +308,16 @@ def test_an_adapter_wider_than_is_merged_has_its_own_part_of_the_gated_products_
 
 
 def test_where_attention_is_wide_its_kernel_has_more_at_once_than_the_gated_product() -> None:
-    """62.5 MiB by the generated code, parameters' gradients so far and the kernel's own fp32 sums included."""
+    """62.5 MiB by the generated code, parameters' gradients so far and the kernel's own fp32 sums included. At 8,192
+    tokens by torch 2.11's, which holds the gradient of the layer's output: 26,944 bytes of a token, 28,225 in FP8."""
     shape = find_shape(ModelConfig(name="Qwen/Qwen3-0.6B"))
     job = replace(setup("full"), sequence_length=2064, in_backward=True)
     at = training_step(shape, job).phases["layers"]
     assert sum(at.values()) >= (28 * kept_bytes(shape, job) + 2 * 1024) * 2064 + 62.5 * 2**20
+    for precision, found in (("bf16", 26_944), ("fp8", 28_225)):
+        long = replace(job, precision=precision, sequence_length=8192)
+        at = training_step(shape, long).phases["layers"]
+        assert sum(at.values()) >= (28 * kept_bytes(shape, long) + 2 * 1024 + found) * 8192, precision
 
 
 def test_a_layer_that_is_trained_whole_gives_no_gradient_before_it_has_all() -> None:
