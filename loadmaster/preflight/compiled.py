@@ -110,6 +110,8 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     bytes_ = 6
     if "down_proj" in names and setup.precision == "fp8":
         bytes_ += 0 if dropped and shape.fused else 6 - 2 * shape.fused + 4 * (shape.gelu and not dropped)
+    elif setup.precision == "fp8":
+        bytes_ += 2 * (not shape.fused)  # of both gradients the codes, too: torch 2.11 makes them at once
     elif "down_proj" in names:
         bytes_ += 2 * (not shape.fused and (setup.dora or not dropped))
         bytes_ += 2 * (setup.lora_rank > MERGED and not (setup.dora or setup.lora_dropout))  # models/added.py

@@ -266,12 +266,14 @@ def _at_adapted_product(b: Blocks) -> int:
 
 def _at_adapted_attention(b: Blocks) -> int:
     """At attention's kernel, under adapters: the gradient of the layer's output, which torch 2.11 holds to the end of
-    the compiled backward pass (2.13 lets it go), that of attention's output and its own three results; gate and up are
+    the compiled backward pass (2.13 lets it go), that of attention's output and its own three results; in FP8
+    besides codes and parts of a gradient of hidden size, and the output matrix's codes, turned; gate and up are
     gone."""
     shape = b.shape
     gone = (1 + shape.gated) * shape.intermediate_size
+    codes = shape.hidden_size * (5 * b.n + shape.query_size) * (b.setup.precision == "fp8")
     here = shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - gone
-    return b.w * b.n * here + attention_scratch(b)
+    return b.w * b.n * here + codes + attention_scratch(b)
 
 
 def _at_attention(b: Blocks) -> int:

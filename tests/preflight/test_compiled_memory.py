@@ -236,7 +236,7 @@ def test_layers_trained_whole_have_what_their_code_has(precision: str, products:
      ("llama", {"lora_dropout": 0.1, "lora_targets": QV}, 3), ("llama", {"dora": True, "lora_dropout": 0.1}, 6),
      ("llama", {"dora": True, "lora_targets": ("gate_proj", "up_proj")}, 5), ("llama", {"precision": "fp8"}, 6),
      ("llama", {"dora": True, "lora_targets": ("up_proj", "down_proj")}, 5),
-     ("llama", {"precision": "fp8", "lora_targets": QV}, 3), ("llama", {"precision": "fp8", "lora_dropout": 0.1}, 6),
+     ("llama", {"precision": "fp8", "lora_targets": QV}, 4), ("llama", {"precision": "fp8", "lora_dropout": 0.1}, 6),
      ("phi3", {}, 3), ("phi3", {"precision": "fp8"}, 5), ("phi3", {"precision": "fp8", "lora_dropout": 0.1}, 3),
      ("phi3", {"lora_targets": ("qkv_proj", "o_proj")}, 3), ("phi3", {"dora": True}, 5),
      ("gemma3_text", {}, 4), ("gemma3_text", {"lora_targets": QV}, 3), ("gemma3_text", {"dora": True}, 6),
@@ -245,8 +245,9 @@ def test_layers_trained_whole_have_what_their_code_has(precision: str, products:
 def test_a_backward_pass_has_as_many_products_at_once_as_its_generated_code(
     family: str, changed: dict, products: int
 ) -> None:
-    """Read off inductor's code for an H100 (2026-12-01); with a norm after the MLP its input is gone by then. Of DoRA
-    in Llama and Phi the result that down's magnitudes scale is gone, too, which is not counted."""
+    """Read off inductor's code for an H100 (2026-12-01; in FP8 with down as it is, 2.11's, where 2.13 has three); with
+    a norm after the MLP its input is gone by then. Of DoRA in Llama and Phi the result that down's magnitudes scale is
+    gone, too, which is not counted."""
     shape = from_config(config(family, 2), family)
     gone = 2 * shape.hidden_size * (family == "gemma3_text")
     assert in_backward_bytes(shape, replace(setup(), **changed)) == 2 * products * shape.intermediate_size - gone
@@ -317,7 +318,9 @@ def test_where_attention_is_wide_its_kernel_has_more_at_once_than_the_gated_prod
     for precision, found in (("bf16", 26_944), ("fp8", 28_225)):
         long = replace(job, precision=precision, sequence_length=8192)
         at = training_step(shape, long).phases["layers"]
-        assert sum(at.values()) >= (28 * kept_bytes(shape, long) + 2 * 1024 + found) * 8192, precision
+        beside = 2 * 151936 * 1024 + 8192 * (8 + 2 * 2 * 128)  # the head's gradient; positions, and cos and sin
+        least = (28 * kept_bytes(shape, long) + 2 * 1024 + found) * 8192 + beside
+        assert least <= sum(at.values()) <= 1.003 * least, precision
 
 
 def test_a_layer_that_is_trained_whole_gives_no_gradient_before_it_has_all() -> None:
