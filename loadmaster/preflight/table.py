@@ -21,7 +21,6 @@ from loadmaster.words import counted
 
 ELSEWHERE_ROWS = 6
 FIRST = {"time": "shortest run first", "cost": "cheapest run first", "memory": "least memory first"}
-FIRST = {name: f"{first} (plan.objective={name}; of equals within 2% the cheaper)" for name, first in FIRST.items()}
 RUNNERS_UP = 4
 LONG_VERIFICATION = 0.2
 """Share of a run's hours from which its verification is named beside them."""
@@ -108,7 +107,9 @@ def print_elsewhere(plan: Plan, console: Console) -> None:
     left = len(plan.elsewhere) - len(shown)
     more = f" (and {left} more in plan.json)" if left else ""
     dates = " and ".join(sorted({row["price"].rpartition(" of ")[2] for row in shown if row["price"]}))
-    order = FIRST.get(plan.elsewhere_order or "", "best first by plan.objective")
+    objective, order = plan.elsewhere_order, "best first by plan.objective"
+    if objective in FIRST:
+        order = f"{FIRST[objective]} (plan.objective={objective}; of equals within 2% the cheaper)"
     said = f"machines of the catalogue that hold it{more}, {order}, at list prices of {dates}"
     said += "; a plan made for one may be some per cent faster than this quick search found"
     console.print(f"{said}:", highlight=False, soft_wrap=True)
