@@ -14,6 +14,8 @@ from loadmaster.errors import LoadmasterError
 from loadmaster.files import read_json, write_json
 
 SCHEMA = 1
+FIRST = {"time": "shortest run first", "cost": "cheapest run first", "memory": "least memory first"}
+"""The order of other machines by plan.objective, in words."""
 
 
 def rounded(figure: float | None, digits: int) -> float | None:

@@ -13,14 +13,13 @@ from rich.table import Table
 
 from loadmaster import catalog
 from loadmaster.preflight.explain import RUNNER_UP
-from loadmaster.preflight.plan import MemoryGib, PhasesGib, Plan
+from loadmaster.preflight.plan import FIRST, MemoryGib, PhasesGib, Plan
 from loadmaster.preflight.setup import sharding_words
 from loadmaster.streams import Output
 from loadmaster.tables import figure, memory_table, print_table
 from loadmaster.words import counted
 
 ELSEWHERE_ROWS = 6
-FIRST = {"time": "shortest run first", "cost": "cheapest run first", "memory": "least memory first"}
 RUNNERS_UP = 4
 LONG_VERIFICATION = 0.2
 """Share of a run's hours from which its verification is named beside them."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadmaster.files import as_object
+from loadmaster.preflight.plan import FIRST
 from loadmaster.report import units
 from loadmaster.report.inputs import RunFiles, dig, number, rows
 from loadmaster.report.overview import MEASURED_PEAK, PLANNED_WITH, off_by, place, predicted_gib, predicted_peak
@@ -79,6 +80,8 @@ class PlanSection:
     alternatives: list[dict[str, Any]]
     runners_up: list[dict[str, Any]]
     elsewhere: list[dict[str, Any]]
+    elsewhere_order: str
+    """Of those machines, in words; empty where the plan does not say."""
     basis: list[tuple[str, str]]
     """Where the figures come from, and what they leave out."""
 
@@ -121,6 +124,7 @@ def plan_section(files: RunFiles) -> PlanSection | None:
         alternatives=rows(plan.get("alternatives")),
         runners_up=rows(plan.get("runners_up")),
         elsewhere=[{**row, "place": machine(row), "plan": _there(row, plan)} for row in rows(plan.get("elsewhere"))],
+        elsewhere_order=FIRST.get(str(plan.get("elsewhere_order")), ""),
         basis=[(str(key).replace("_", " "), str(text)) for key, text in as_object(plan.get("basis")).items()],
     )
 

@@ -196,7 +196,11 @@ def test_some_recomputed_layers_are_counted_on_other_machines_too(tmp_path: Path
     row = {"gpu": "rtx4090", "count": 4, "nodes": 1, "precision": "bf16", "sharding": "ddp", "micro_batch_size": 1,
            "activation_checkpointing": "full", "checkpointed_layers": 12, "global_size": 128}
     put(tmp_path, "plan.json", make_plan(elsewhere=[row]).to_dict())
-    assert "bf16, ddp, activation checkpointing 12 of 30 layers, 1 row " in report(tmp_path).text
+    text = report(tmp_path).text
+    assert "bf16, ddp, activation checkpointing 12 of 30 layers, 1 row " in text
+    assert "The same job on other machines machine plan" in text  # of a plan that does not say its order
+    put(tmp_path, "plan.json", make_plan(elsewhere=[row], elsewhere_order="cost").to_dict())
+    assert "The same job on other machines, cheapest run first machine plan" in report(tmp_path).text
 
 
 def test_a_runner_up_is_in_its_table_alone(tmp_path: Path):
