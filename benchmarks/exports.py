@@ -31,8 +31,9 @@ from loadmaster.export.adapter import read_adapter
 from loadmaster.export.tuned_weights import tuned_weights
 from loadmaster.export.verify import Candidate, Verification
 from loadmaster.models.frozen import frozen_form
-from loadmaster.models.load import DTYPES, load_tokenizer, load_trained
+from loadmaster.models.load import DTYPES, load_trained
 from loadmaster.models.resolve import resolve_base
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.preflight.plan import Plan
 
 Weights = dict[str, torch.Tensor]

@@ -31,8 +31,8 @@ import torch
 from loadmaster.config.schema import BatchConfig, DataConfig, HardwareConfig, Job, ModelConfig, OptimizerConfig
 from loadmaster.data import prepare
 from loadmaster.models import frozen
-from loadmaster.models.load import load_tokenizer
 from loadmaster.models.resolve import resolve_base
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.preflight import make_plan
 from loadmaster.preflight.plan import Plan
 from loadmaster.training.batches import trained_tokens

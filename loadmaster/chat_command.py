@@ -188,8 +188,9 @@ def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, str | None]:
     from loadmaster.export.room import beside_weights, spread_over
     from loadmaster.export.served.check import folder_of_paths
     from loadmaster.models.frozen import frozen_form, round_inputs
-    from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
+    from loadmaster.models.load import DTYPES, load_base, load_trained
     from loadmaster.models.resolve import resolve_base
+    from loadmaster.models.tokenizer import load_tokenizer
     from loadmaster.preflight.plan import Plan
     from loadmaster.world_stages import device_type
 

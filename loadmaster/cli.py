@@ -240,8 +240,8 @@ def _data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     job = compose(overrides).job  # before what takes seconds to import
     hub.settle()
     from loadmaster.data import prepare, show
-    from loadmaster.models.load import load_tokenizer
     from loadmaster.models.resolve import resolve_base
+    from loadmaster.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(resolve_base(job.model))
     show(prepare(job, tokenizer), tokenizer, arguments.rows, Output())

@@ -43,7 +43,7 @@ class Materials:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from loadmaster.models.load import load_tokenizer
+        from loadmaster.models.tokenizer import load_tokenizer
 
         return load_tokenizer(self.base_folder)
 

@@ -76,7 +76,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm2: Path):
-    from loadmaster.models.load import load_tokenizer
+    from loadmaster.models.tokenizer import load_tokenizer
 
     return load_tokenizer(smollm2)
 

@@ -17,7 +17,8 @@ from loadmaster.data import Conversation
 from loadmaster.errors import LoadmasterError
 from loadmaster.evaluation import generate
 from loadmaster.export.loading import load_export
-from loadmaster.models.load import load_base, load_tokenizer, load_trained
+from loadmaster.models.load import load_base, load_trained
+from loadmaster.models.tokenizer import load_tokenizer
 from tests.test_pipeline import go
 
 SYSTEM = {"role": "system", "content": "Answer in JSON."}

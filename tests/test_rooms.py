@@ -46,3 +46,13 @@ def test_a_room_imports_only_from_rooms_above(room):
 def test_planning_needs_no_torch(room):
     for path in (PACKAGE / room).rglob("*.py"):
         assert not {name.split(".")[0] for name in imports(path)} & HEAVY, path
+
+
+def test_a_tokenizer_is_read_without_what_a_model_needs():
+    """Seconds of every `loadmaster data`, and of every launch that counts the rows' tokens."""
+    assert not {name for name in imports(PACKAGE / "models/tokenizer.py") if name.startswith(("torch", "peft"))}
+    inside = {name for name in imports(PACKAGE / "models/tokenizer.py") if name.startswith("loadmaster.")}
+    assert inside == {"loadmaster.errors", "loadmaster.models.libraries"}
+    of_data = ast.parse((PACKAGE / "cli.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in ast.walk(of_data) if isinstance(node, ast.FunctionDef) and node.name == "_data")
+    assert "loadmaster.models.load" not in {n.module for n in ast.walk(function) if isinstance(n, ast.ImportFrom)}

@@ -41,7 +41,7 @@ def export_gguf(
     read_back: folder for the tensors as transformers reads them from the file, to be verified.
     Raises ExportRejected for a rotation or tokenizer that it cannot describe rightly.
     """
-    from loadmaster.models.load import load_tokenizer
+    from loadmaster.models.tokenizer import load_tokenizer
 
     config = read_json(source / "config.json")
     refuse_unwritable(source, config)

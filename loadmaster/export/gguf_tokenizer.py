@@ -53,7 +53,7 @@ def add_tokenizer(writer: Any, source: Path, vocabulary_size: int, stop_token_id
     """Tokens, types, merges, special tokens and the chat template of the tokenizer in `source`."""
     from gguf import TokenType
 
-    from loadmaster.models.load import load_tokenizer
+    from loadmaster.models.tokenizer import load_tokenizer
 
     backend = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     pre = pre_tokenizer(backend)

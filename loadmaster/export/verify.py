@@ -56,8 +56,9 @@ from loadmaster.export.weights import is_adapter
 from loadmaster.models.attention import cached_attention
 from loadmaster.models.frozen import round_inputs, rounds_inputs
 from loadmaster.models.language_model import by_names_of, for_whole
-from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
+from loadmaster.models.load import DTYPES, load_base, load_trained
 from loadmaster.models.spread import NoRoom, free_device_memory
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.out_of_memory import ran_out
 from loadmaster.preflight.verification import ANSWER_TOKENS, ANSWERS, REFERENCE_BYTES
 

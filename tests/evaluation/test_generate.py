@@ -20,7 +20,8 @@ from loadmaster.data import Conversation
 from loadmaster.errors import DataError
 from loadmaster.evaluation import generate, prompts_and_references, run_task, some_answers
 from loadmaster.export.answers import _prompt
-from loadmaster.models.load import load_base, load_tokenizer
+from loadmaster.models.load import load_base
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.training.world import World
 
 module = sys.modules["loadmaster.evaluation.generate"]

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from loadmaster.data import Conversation, stop_token_ids
 from loadmaster.export.sidecars import token_ids, write_config, write_generation_config, write_tokenizer
 from loadmaster.files import read_json, write_json
-from loadmaster.models.load import load_tokenizer
+from loadmaster.models.tokenizer import load_tokenizer
 
 CHAT = Conversation(
     messages=[{"role": "user", "content": "Où est l'été ? 42"}, {"role": "assistant", "content": "ici"}],

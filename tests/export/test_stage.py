@@ -25,7 +25,7 @@ KILLED = """
 import os, pickle, sys, time
 from loadmaster.data import prepare
 from loadmaster.export import stage
-from loadmaster.models.load import load_tokenizer
+from loadmaster.models.tokenizer import load_tokenizer
 
 job, plan, folder, base, cache = pickle.load(open(sys.argv[1], "rb"))
 os.environ["LOADMASTER_CACHE"] = str(cache)
@@ -38,7 +38,7 @@ import os, pickle, resource, sys, time
 from loadmaster.data import prepare
 from loadmaster.errors import StoppedOnRequest
 from loadmaster.export import stage
-from loadmaster.models.load import load_tokenizer
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.training.stop import StopSignal
 
 job, plan, folder, base, cache = pickle.load(open(sys.argv[1], "rb"))

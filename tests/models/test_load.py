@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 from loadmaster.errors import LoadmasterError
 from loadmaster.export.loading import load_export
 from loadmaster.models.attention import PACKED
-from loadmaster.models.load import load_base, load_tokenizer
+from loadmaster.models.load import load_base
 from loadmaster.models.shards import empty_model
+from loadmaster.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from loadmaster.errors import ConfigError, LoadmasterError
 from loadmaster.files import cache_root, publish_folder
 from loadmaster.models import gguf
 from loadmaster.models.gguf import convert_package
-from loadmaster.models.load import load_tokenizer
 from loadmaster.models.resolve import CARRIES, base_revision, resolve_base
+from loadmaster.models.tokenizer import load_tokenizer
 
 
 def test_a_package_is_not_taken_for_a_model_that_it_does_not_carry(smollm2) -> None:

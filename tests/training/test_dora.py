@@ -23,8 +23,9 @@ from loadmaster.models.adapters import make_trainable, trainable, without_adapte
 from loadmaster.models.compiled import compile_layers
 from loadmaster.models.dora import row_norms
 from loadmaster.models.forward import causal_lm, token_losses, trained_logits
-from loadmaster.models.load import load_base, load_tokenizer, load_trained, random_model
+from loadmaster.models.load import load_base, load_trained, random_model
 from loadmaster.models.recompute import checkpoint_activations
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.training.batches import trained_tokens
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, train

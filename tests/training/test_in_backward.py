@@ -12,7 +12,7 @@ from rich.console import Console
 from loadmaster.config.schema import OptimizerConfig
 from loadmaster.errors import ConfigError, TrainingFailed
 from loadmaster.models import compiled
-from loadmaster.models.load import load_tokenizer
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.training.display import Display
 from loadmaster.training.in_backward import BackwardOptimizer
 from loadmaster.training.loop import train

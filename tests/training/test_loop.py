@@ -27,7 +27,7 @@ from loadmaster.config.schema import (
 )
 from loadmaster.data import packed_rows
 from loadmaster.errors import ConfigError, LoadmasterError, StoppedOnRequest, TrainingFailed
-from loadmaster.models.load import load_tokenizer
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, PhasesGib, Plan
 from loadmaster.training import loop
 from loadmaster.training.batches import longest_stretch, micro_batches, trained_tokens, worst_rows

@@ -16,8 +16,9 @@ from loadmaster.data import collate, prepare
 from loadmaster.errors import StoppedOnRequest
 from loadmaster.evaluation import held_out
 from loadmaster.models import compiled
-from loadmaster.models.load import load_base, load_tokenizer
+from loadmaster.models.load import load_base
 from loadmaster.models.preference import FIGURES, PreferenceLoss, answer_log_probs
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.training import loop, reference
 from loadmaster.training.batches import losses, micro_batches
 from loadmaster.training.display import Display

@@ -20,8 +20,9 @@ from loadmaster.models import compiled, recompute
 from loadmaster.models.adapters import make_trainable, saved_modules, trainable, without_adapter
 from loadmaster.models.compiled import compile_layers
 from loadmaster.models.forward import causal_lm, token_losses, trained_logits
-from loadmaster.models.load import load_base, load_tokenizer, load_trained, random_model
+from loadmaster.models.load import load_base, load_trained, random_model
 from loadmaster.models.recompute import checkpoint_activations
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.training.batches import trained_tokens
 from loadmaster.training.display import Display
 from loadmaster.training.loop import make_session, train

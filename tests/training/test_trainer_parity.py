@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from loadmaster.config.schema import OptimizerConfig
 from loadmaster.data import BatchSampler
 from loadmaster.models.adapters import make_trainable
-from loadmaster.models.load import load_base, load_tokenizer
+from loadmaster.models.load import load_base
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.training.display import Display
 from loadmaster.training.loop import train
 from loadmaster.training.metrics import read_metrics

@@ -41,8 +41,8 @@ from loadmaster.export.served.processor import refuse_unserved
 from loadmaster.export.served.record import NAME, earlier
 from loadmaster.export.served.run import Servers, file_bytes
 from loadmaster.files import read_json, storable, write_json
-from loadmaster.models.load import load_tokenizer
 from loadmaster.models.resolve import resolve_base
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.preflight.hardware import detect_local
 from loadmaster.preflight.plan import Plan
 from loadmaster.rundir import started_in

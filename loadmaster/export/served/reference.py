@@ -31,9 +31,10 @@ from loadmaster.export.process import progress, read_spec, step, write_result
 from loadmaster.export.room import spread_over
 from loadmaster.models.forward import logits_of, trained_hidden
 from loadmaster.models.frozen import round_inputs
-from loadmaster.models.load import DTYPES, load_base, load_tokenizer, load_trained
+from loadmaster.models.load import DTYPES, load_base, load_trained
 from loadmaster.models.loss import CHUNK_TOKENS
 from loadmaster.models.spread import NoRoom, free_device_memory
+from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.out_of_memory import ran_out
 
 BATCH_SIZE = 8
