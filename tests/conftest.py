@@ -65,6 +65,14 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compositions():
+    from tests.compositions import kept_compositions
+
+    with kept_compositions():
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct, bf16, from the Hub cache or the package that ships it."""

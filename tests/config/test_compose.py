@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -10,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra._internal import config_loader_impl
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from loadmaster.config.compose import compose, read_job
 from loadmaster.config.fields import fields
+from loadmaster.config.hydra_sources import config_loader
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.overrides import assigned
 from loadmaster.config.shipped import shipped_folder
@@ -252,3 +257,38 @@ def test_a_cold_process_composes_and_judges_within_1_5_s_without_torch(arguments
 def test_a_path_that_is_passed_on_arrives_as_it_is(path: str):
     """As the run directory is, to the job on another machine."""
     assert compose([assigned("run_dir", path)]).job.run_dir == path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [], ["recipe=full_8b"], ["recipe=[lora_8b,qlora_8b]", "seed=7"], ["hardware=h100_80gb_x8", "+launch.x=[1,2]"],
+        ["~tracker", "lora.rank=4", "hydra.run.dir=x"],
+    ],
+)
+def test_what_tests_keep_of_a_composition_is_what_hydra_makes(words: list[str], monkeypatch: pytest.MonkeyPatch):
+    def made(*more: str):
+        loader = config_loader()
+        config = loader.load_configuration("train", [*words, *more], run_mode=RunMode.RUN)
+        return OmegaConf.to_container(config, resolve=False), config._get_flag("struct"), loader.composed_of
+
+    made("seed=8")  # which is to change nothing of the next
+    kept = made()
+    for holder, name in (
+        (config_loader_impl, "create_defaults_list"),
+        (config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list"),
+    ):
+        monkeypatch.setattr(holder, name, getattr(holder, name).__wrapped__)
+    assert kept == made()
+
+
+def test_a_composition_copies_the_list_of_folders_and_not_what_is_known_of_them(here: Path):
+    """A search path of one composition's own is no other's."""
+    loader = config_loader()
+    own = list(loader.repository.sources)
+    write(here / "more/launch/mine.yaml", "stop: {}\n")
+    loader.load_configuration("train", [f"hydra.searchpath=[file://{here / 'more'}]"], run_mode=RunMode.RUN)
+    assert loader.repository.sources == own
+    copied = copy.deepcopy(loader.repository)
+    assert copied.sources == own and copied.sources is not loader.repository.sources
+    assert "mine" not in loader.get_group_options("launch")
