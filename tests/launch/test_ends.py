@@ -266,15 +266,28 @@ def test_the_same_job_twice_at_once_is_refused_and_another_one_is_not(place):
     assert place.launch() == 0
 
 
-@pytest.mark.parametrize("answer", [b"\x04", b"n\n"], ids=["Ctrl-D", "n"])
-def test_nothing_is_rented_where_the_question_is_not_answered_with_yes(place, answer):
+@pytest.mark.parametrize("answer", ["n", "", "y?", "YES"])
+def test_only_a_yes_rents(place, monkeypatch, answer):
+    place.fake.runner = scripted
+    terminal = io.StringIO(f"{answer}\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    if answer == "YES":
+        assert place.launch("launch.yes=false") == 0 and place.fake.bodies
+    else:
+        with pytest.raises(LoadmasterError, match="nothing was rented"):
+            place.launch("launch.yes=false")
+        assert not place.fake.created
+
+
+def test_nothing_is_rented_where_the_question_is_answered_with_the_end_of_input(place):
     words = ["recipe=qlora_8b", "launch=runpod", "launch.image=me/image:1"]
     launcher = OnTerminal(
         [sys.executable, str(ROOT / "train.py"), *words], place.folder,
         RUNPOD_API_KEY=place.fake.key, RUNPOD_API_BASE_URL_V2=place.fake.url,
     )
     launcher.until(lambda: "Rent it? [y/N]" in launcher.said)
-    os.write(launcher.master, answer)
+    os.write(launcher.master, b"\x04")  # Ctrl-D
     assert launcher.code() == 4
     assert "nothing was rented" in launcher.said and "Traceback" not in launcher.said and not place.fake.pods
 
