@@ -35,12 +35,13 @@ LONGEST = {
         "tests/preflight/test_zero_memory.py",
     ),
     "not slow": (
-        "tests/training/test_compiled.py", "tests/preflight/test_replay.py", "tests/models/test_flash.py",
-        "tests/config/test_hydra_app.py", "tests/launch/test_launch_job.py", "tests/test_pipeline.py",
-        "tests/config/test_validate.py", "tests/launch/test_ends.py", "tests/endpoint/test_bundle.py",
-        "tests/preflight/test_stepping.py", "tests/config/test_rules.py", "tests/training/test_optimizer.py",
-        "tests/preflight/test_sharded.py", "tests/evaluation/test_generate.py", "tests/preflight/test_remedies.py",
-        "tests/launch/test_ssh.py", "tests/models/test_frozen.py", "tests/test_chat.py",
+        "tests/test_pipeline.py", "tests/launch/test_launch_job.py", "tests/preflight/test_replay.py",
+        "tests/training/test_compiled.py", "tests/launch/test_ends.py", "tests/endpoint/test_bundle.py",
+        "tests/preflight/test_sharded.py", "tests/training/test_optimizer.py", "tests/preflight/test_stepping.py",
+        "tests/models/test_flash.py", "tests/preflight/test_remedies.py", "tests/evaluation/test_generate.py",
+        "tests/export/test_serve_check.py", "tests/models/test_frozen.py", "tests/launch/test_ssh.py",
+        "tests/config/test_hydra_app.py", "tests/export/test_broken.py", "tests/preflight/test_make.py",
+        "tests/test_chat.py",
     ),
 }
 """Files that take the longest, by what is run: begun first, so that none is left alone at the end."""

@@ -102,7 +102,8 @@ CHECKS: dict[str, list[tuple[str, str, float, str, int, list[Case]]]] = {
 """(method, precision, dropout, objective, seed, cases) of each group of checks."""
 
 
-LIKE_OTHERS = ("gemma2", "gemma4_text wide", "ministral", "ministral3", "gemma", "olmo2")
+LIKE_OTHERS = ("gemma2", "gemma4_text wide", "ministral", "ministral3", "gemma", "olmo2", "mistral", "phi3")
+"""Mistral's window is longer than these rows, which leaves Llama's layers; Phi-3's partial rotation has more in it."""
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
 FOURTH_DIFFERS = ("smollm3", "gemma4_text", "olmo3", "exaone4")
 """Of the others a first layer, one between and a last are all that there is."""
