@@ -197,7 +197,7 @@ def _forward(b: Blocks, before: bool = False) -> tuple[Tensor, Callable[[Work], 
         x = tape.checkpoint(layer, x, *how) if checkpointed else layer(x)
         x = tape.leave_layer(x) if b.setup.compiled else x
         eager = tape.by_tag["activations"] - activations + less
-        kind.less = max(0, eager - kind.kept) if entered else 0
+        kind.less = eager - kind.kept if entered else 0
         tape.correct(less - kind.less)
         x = units.end(kind.enter(x, entered), index, tape.leaves[first:])
         del entered

@@ -253,6 +253,16 @@ def test_a_backward_pass_has_as_many_products_at_once_as_its_generated_code(
     assert in_backward_bytes(shape, replace(setup(), **changed)) == 2 * products * shape.intermediate_size - gone
 
 
+@pytest.mark.parametrize("targets", [("down_proj",), ("up_proj",)])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_first_layer_keeps_what_others_do(precision: str, targets: tuple[str, ...]) -> None:
+    """It is compiled as they are, attention's gradients and all, though of its own adapters none needs those."""
+    shape = find_shape(ModelConfig(name=LLAMA_8B))
+    job = replace(setup(), precision=precision, lora_targets=targets, sequence_length=4096)
+    least = 32 * kept_bytes(shape, job) + in_backward_bytes(shape, job) + 2 * 4096
+    assert sum(training_step(shape, job).phases["layers"].values()) >= least * job.tokens
+
+
 LIGHT = {"method": "full", "optimizer": "adamw_bf16", "master_weights": False}
 
 
