@@ -40,6 +40,10 @@ MADE_AGAIN = ("q_proj", "qkv_proj", "o_proj", "gate_proj", "gate_up_proj", "up_p
 PLACES = 29
 """Bytes of each expert that a token is sent to: three indices, whether it is one of this process, its weight."""
 
+SPLIT = 64 * 188
+"""Outputs below which the compiler may take sums over tokens in two passes: 64 for each processor of the card, of which
+the one with most has 188 (RTX PRO 6000; an H100 132)."""
+
 
 @cache
 def kept_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int | None:
@@ -87,8 +91,12 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     Under adapters, at the kernel of the gated product: its gradient, and the gradients of gate and up, in bf16. Where
     down is adapted besides the product made again (not where gate and up are one matrix, nor with dropout, whose result
     was kept), in FP8 the other product of the gradient, and the codes of both, and a GELU's in fp32; beyond the highest
-    rank that is merged the adapter's part of the gradient, which no product is added to. Under DoRA these lie beside
-    what its magnitudes have scaled. With a norm after the MLP its input is gone. Trained whole: one product of the
+    rank that is merged the adapter's part of the gradient, which no product is added to. In FP8 where down is as it is
+    codes of both gradients, and up's gradient where it is adapted and gate is not; else a GELU's in fp32, and gate's
+    beside it where that alone is adapted. Under DoRA these lie beside what its magnitudes have scaled, and where sums
+    over tokens are taken in two passes beside gate's gradient for its magnitudes, a GELU's twice (under dropout, where
+    down is adapted as well, with up's or not at all). With a norm after the MLP its input is gone. Without a gate,
+    where down is as it is or its input was kept, the gradient and its product. Trained whole: one product of the
     gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
     and fp32; with a norm after the MLP the gradient before it, without one the output's gradient in FP8, turned (2.11
     makes that first, 2.13 later). Without a gate there is one gradient less. Read off the code that inductor generates
@@ -98,25 +106,33 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     if shape.experts or (shape.fused and not setup.adapters):
         return 0
     turned = shape.hidden_size * (setup.precision == "fp8" and not shape.norm_places[3])
-    if not shape.gated:
-        if not setup.adapters:
-            return (4 if setup.precision == "bf16" else 5) * f + turned
-        return (6 + 2 * setup.dora + (setup.precision == "fp8")) * f
+    if not setup.adapters and not shape.gated:
+        return (4 if setup.precision == "bf16" else 5) * f + turned
     if not setup.adapters:
         products = 8 if setup.precision == "bf16" else 11 if shape.gelu else 7
         return products * f + turned + 2 * shape.hidden_size * shape.norm_places[3]
     names = {m.name for m in shape.adapted(setup.lora_targets)}
     dropped = bool(setup.lora_dropout) and setup.method != "qlora"  # an nf4 base's are made again
-    bytes_ = 6
+    if not shape.gated:
+        again = "down_proj" in names and not dropped
+        bytes_ = 6 + 2 * setup.dora if again else 2 + 4 * (setup.dora and "up_proj" in names)
+        return (bytes_ + (setup.precision == "fp8")) * f
+    bytes_, beside = 6, names & {"gate_proj", "up_proj"}
     if "down_proj" in names and setup.precision == "fp8":
         bytes_ += 0 if dropped and shape.fused else 6 - 2 * shape.fused + 4 * (shape.gelu and not dropped)
     elif setup.precision == "fp8":
         bytes_ += 2 * (not shape.fused)  # of both gradients the codes, too: torch 2.11 makes them at once
+        if beside == {"up_proj"}:
+            bytes_ += 2
+        elif shape.gelu:
+            bytes_ += 4 + 2 * (beside == {"gate_proj"})
     elif "down_proj" in names:
         bytes_ += 2 * (not shape.fused and (setup.dora or not dropped))
         bytes_ += 2 * (setup.lora_rank > MERGED and not (setup.dora or setup.lora_dropout))  # models/added.py
     if setup.dora and shape.fused and "gate_up_proj" in names:
         bytes_ += 10 if dropped else 4
     elif setup.dora:
-        bytes_ += 2 * len(names & {"gate_proj", "up_proj"})
+        bytes_ += 2 * len(beside)
+        if f < SPLIT and "gate_proj" in names:
+            bytes_ += 4 * ("up_proj" in names) if dropped and "down_proj" in names else 2 + 2 * shape.gelu
     return bytes_ * f - 2 * shape.hidden_size * shape.norm_places[3]

@@ -84,6 +84,7 @@ GEMMA = {
 OLMO2 = {**SMALL, "model_type": "olmo2"}
 EXAONE4 = {**SMALL, "model_type": "exaone4", "sliding_window": 4096, "sliding_window_pattern": 4}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+QV = ("q_proj", "v_proj")
 
 
 def generated(
@@ -188,7 +189,7 @@ def test_another_family_assembles_too(method: str, precision: str) -> None:
         (MIXTRAL, "full", "bf16", {}),
         *((None, method, "bf16", {"checkpointing": "selective"}) for method in ("lora", "full")),
         (None, "lora", "bf16", {"dora": True}),
-        (None, "lora", "bf16", {"lora_targets": ("q_proj", "v_proj")}),
+        (None, "lora", "bf16", {"lora_targets": QV}),
     ],
     ids=lambda value: value.get("model_type", "-".join(value) or "all") if isinstance(value, dict) else value,
 )
@@ -222,12 +223,15 @@ def test_a_backward_pass_with_dropout_moves_what_the_preflight_counts() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "config", "fields"),
-    [("bf16", None, {"dora": True}), ("bf16", None, {"lora_dropout": 0.1}), ("fp8", PHI, {"lora_dropout": 0.1})],
+    [("bf16", None, {"dora": True}), ("bf16", None, {"lora_dropout": 0.1}), ("fp8", PHI, {"lora_dropout": 0.1}),
+     ("bf16", QWEN3_SMALL, {"dora": True}), ("fp8", GEMMA3, {"lora_targets": QV}),
+     ("fp8", ARCEE, {"lora_targets": QV})],
 )
-def test_magnitudes_and_dropout_have_what_is_counted_at_once_in_their_backward_pass(
+def test_magnitudes_dropout_and_few_targets_have_what_is_counted_at_once_in_their_backward_pass(
     precision: str, config: dict | None, fields: dict
 ) -> None:
-    shape = SHAPE if config is None else from_config({**config, "num_hidden_layers": 2}, "phi3")
+    config = config or LLAMA
+    shape = from_config({**LLAMA, **config, "num_hidden_layers": 2}, config["model_type"])
     setup = Setup(
         method="lora", precision=precision, optimizer="adamw", master_weights=True, compiled=True, **fields
     )
