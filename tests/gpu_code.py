@@ -1,11 +1,12 @@
 """The code that a GPU would run, generated and assembled where there is none.
 
-    python tests/gpu_code.py METHOD PRECISION COMPUTE_CAPABILITY [CONFIG_JSON [SETUP_JSON [count]]]     # lora fp8 90
+    python tests/gpu_code.py METHOD PRECISION COMPUTE_CAPABILITY [CONFIG_JSON [SETUP_JSON [count|move]]]   # lora fp8 90
 
 One decoder layer and the loss of a model of Llama 3.1 8B's shape, or CONFIG_JSON's, trained as SETUP_JSON says besides
 (`{"dora": true}`), go through torch.compile on the meta device. In the place of inductor's last step its graphs are
 taken for those of such a GPU, lowered to Triton, and every kernel is assembled by ptxas, which comes with Triton.
-Nothing is run; with `count` nothing is assembled either. Printed is JSON:
+Nothing is run; with `count` nothing is assembled either, and the loss is left out; with `move` there is no code at all,
+only what the compiler would make kernels of: what they move is known then, and the rest is not said. Printed is JSON:
 
     graphs    [[forward or backward or loss, kernels assembled]]
     bytes     [forward, backward] that a token of a layer moves, in kernels that memory bounds (fused ones, and narrow
@@ -130,7 +131,8 @@ def stand_in(capability: int) -> None:
 class Generated:
     """A backend of torch.compile that generates code for the stand-in, keeps it, and runs the graph as it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self.what = what
         self.graphs: list[tuple[str, str, int]] = []
         """(kind, code, bytes that kernels bound by memory move)"""
 
@@ -138,8 +140,10 @@ class Generated:
         return compile_fx.compile_fx(module, inputs, inner_compile=self._lower)
 
     def _lower(self, module: torch.fx.GraphModule, inputs: list, **options: object) -> object:
-        with available():
-            self._generate(copy.deepcopy(module), inputs, bool(options.get("is_backward")))
+        layer = {kind for kind, _, _ in self.graphs} >= {"forward", "backward"}
+        if self.what == "assemble" or not layer:  # what comes after a layer's two is the loss
+            with available():
+                self._generate(copy.deepcopy(module), inputs, bool(options.get("is_backward")))
         return compile_fx.make_boxed_func(module.forward)
 
     def _generate(self, module: torch.fx.GraphModule, inputs: list, backward: bool) -> None:
@@ -155,11 +159,15 @@ class Generated:
             FakeTensorProp(module, mode).propagate_dont_convert_inputs(*there)
             compile_fx.record_original_output_strides(module)
             compile_fx._recursive_post_grad_passes(module, is_inference=False)
-            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*there)
             graph = GraphLowering(module, example_inputs=there, shape_env=mode.shape_env, is_backward=backward)
             with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
                 graph.run(*there)
-                code, _ = graph.codegen()
+                if self.what == "move":
+                    graph.init_wrapper_code()
+                    graph._update_scheduler()
+                    code = ""
+                else:
+                    code, _ = graph.codegen()
                 self.seen(module, graph, getattr(code, "value", code), backward)
 
     def seen(self, module: torch.fx.GraphModule, graph: GraphLowering, code: str, backward: bool) -> None:
@@ -253,7 +261,7 @@ def generate(
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.joint_graph_constant_folding = False  # a meta tensor's sum would be a constant to it
     torch._inductor.config.fallback_random = True  # inductor's own numbers come with a step that is passed over here
-    compiled.BACKEND = generated = Generated()
+    compiled.BACKEND = generated = Generated(what)
     setup = Setup(
         method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True, **json.loads(fields)
     )
@@ -267,6 +275,8 @@ def generate(
     with available(), tempfile.TemporaryDirectory() as folder:
         found = [(kind, assembled(code, Path(folder)) if what == "assemble" else 0) for kind, code, _ in graphs]
     moved = [round(next(moved for kind, _, moved in graphs if kind == way) / TOKENS) for way in ("forward", "backward")]
+    if what == "move":
+        return {"bytes": moved}
     backward = next(code for kind, code, _ in graphs if kind == "backward")
     mixed = sum("MixOrderReductionGrid" in code for _, code, _ in graphs)
     cards = sorted({int(card) for _, code, _ in graphs for card in re.findall(r"\bcc=(\d+)", code)})
