@@ -30,6 +30,7 @@ from loadmaster.rundir import RunDir
 from loadmaster.training.display import Display
 from loadmaster.training.rehearsal import Rehearsed
 from tests.conftest import FEW_WORDS
+from tests.forks import fork_ranks
 from tests.runs import PLAIN, command, environment, finish
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -194,7 +195,8 @@ def test_every_shipped_recipe_runs_scaled_down(recipe, tiny, tmp_path, request):
 )
 def test_full_70b_scaled_down_runs_on_several_processes(count, spread, tiny, tmp_path):
     last = "bundle" if count == 4 else "evaluate"  # what was trained is exported by one process, however many they were
-    code, output = go(tiny, tmp_path, "recipe=full_70b", f"hardware.count={count}", f"stop_after={last}", *spread)
+    with fork_ranks():  # how they are started as what they are is seen elsewhere (tests/training/test_workers.py)
+        code, output = go(tiny, tmp_path, "recipe=full_70b", f"hardware.count={count}", f"stop_after={last}", *spread)
     assert code == 0, output
     folder = tmp_path / "run"
     plan = Plan.read(folder / "plan.json")

@@ -1,4 +1,7 @@
-"""`python train.py` with a plan for two devices starts its own workers, and ends as they do. Real processes, gloo."""
+"""`python train.py` with a plan for two devices starts its own workers, and ends as they do. Real processes, gloo.
+
+Where it is of no matter how they are started, they are forks of one that has imported what they need: `forked`.
+"""
 
 import json
 import math
@@ -7,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +20,28 @@ from loadmaster.files import write_json
 from loadmaster.training.agent import WorkerKilled
 from loadmaster.training.stop import StopSignal
 from loadmaster.training.workers import Outcome, _judge, outcome_file
-from tests.runs import finish, metrics, start
+from tests.forks import Forks
+from tests.runs import environment, finish, metrics, start
 
 pytestmark = pytest.mark.slow
 STEPS = 10
 
 
-def job(tiny, *overrides: str) -> list[str]:
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    made = Forks(environment())
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def forked(forks, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    return lambda *words: forks.run(list(words), tmp_path, environment())
+
+
+def job(base, *overrides: str) -> list[str]:
     return [
-        f"model.path={tiny}", "hardware=cpu", "hardware.count=2", "sequence_length=64", "batch.global_size=4",
+        f"model.path={base}", "hardware=cpu", "hardware.count=2", "sequence_length=64", "batch.global_size=4",
         f"max_steps={STEPS}", "data.max_rows=40", "checkpoint.every_steps=3", "evaluation.every_steps=null",
         "evaluation.task=none", "tracker=none", "stop_after=train", "run_dir=run", "micro_batch_size=1",
         "sharding=fsdp", *overrides,
@@ -45,11 +62,13 @@ def workers_of(pid: int) -> list[int]:
 
 def slow(tmp_path: Path) -> list[str]:
     """Words that make the run long enough to be met in the middle of it."""
-    return ["max_steps=2000", "checkpoint.every_steps=500"]
+    return ["max_steps=20000", "checkpoint.every_steps=5000"]
 
 
-def test_a_signal_to_the_lead_saves_on_all_ranks_exits_75_and_another_number_of_processes_goes_on(tiny, tmp_path):
-    process = start(tmp_path, *job(tiny, *slow(tmp_path)))
+def test_a_signal_to_the_lead_saves_on_all_ranks_exits_75_and_another_number_of_processes_goes_on(
+    few_words, tmp_path, forks
+):
+    process = start(tmp_path, *job(few_words, *slow(tmp_path)))
     wait_for_step(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 75
@@ -58,23 +77,23 @@ def test_a_signal_to_the_lead_saves_on_all_ranks_exits_75_and_another_number_of_
     done = len(metrics(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / f"step-{done}" / "checksums.json").is_file()
     # max_steps is part of what shapes the weights: the same job, on one process instead of two.
-    process = start(tmp_path, *job(tiny, *slow(tmp_path), "hardware.count=1", "sharding=none"))
+    process = forks.start(job(few_words, *slow(tmp_path), "hardware.count=1", "sharding=none"), tmp_path, environment())
     wait_for_step(process, tmp_path, done + 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 75
     assert f"resuming after step {done} of" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_signal_to_one_worker_stops_all_of_them(tiny, tmp_path):
-    process = start(tmp_path, *job(tiny, *slow(tmp_path)))
+def test_a_signal_to_one_worker_stops_all_of_them(few_words, tmp_path, forks):
+    process = forks.start(job(few_words, *slow(tmp_path)), tmp_path, environment())
     wait_for_step(process, tmp_path, 2)
     os.kill(workers_of(process.pid)[-1], signal.SIGTERM)
     assert process.wait(timeout=120) == 75
     assert "checkpoint saved" in (tmp_path / "log.txt").read_text()
 
 
-def test_killing_the_lead_leaves_no_workers(tiny, tmp_path):
-    process = start(tmp_path, *job(tiny, *slow(tmp_path)))
+def test_killing_the_lead_leaves_no_workers(few_words, tmp_path):
+    process = start(tmp_path, *job(few_words, *slow(tmp_path)))
     wait_for_step(process, tmp_path, 2)
     workers = workers_of(process.pid)
     assert len(workers) == 2
@@ -86,8 +105,8 @@ def test_killing_the_lead_leaves_no_workers(tiny, tmp_path):
         time.sleep(0.1)
 
 
-def test_a_killed_worker_ends_the_job_with_4_and_a_sentence(tiny, tmp_path):
-    process = start(tmp_path, *job(tiny, *slow(tmp_path)))
+def test_a_killed_worker_ends_the_job_with_4_and_a_sentence(few_words, tmp_path, forks):
+    process = forks.start(job(few_words, *slow(tmp_path)), tmp_path, environment())
     wait_for_step(process, tmp_path, 2)
     os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
     assert process.wait(timeout=120) == 4
@@ -115,15 +134,15 @@ def test_who_failed_first_is_the_cause_and_not_who_was_ended_for_it(first, failu
         assert "SIGKILL" in str(raised.value) and "rank-1.log" in str(raised.value)
 
 
-def test_a_workers_own_error_reaches_the_user_with_its_exit_code(tiny, tmp_path):
-    done = finish(tmp_path, *job(tiny, "tracker=none", "tracker.name=mlflow"))
+def test_a_workers_own_error_reaches_the_user_with_its_exit_code(few_words, tmp_path):
+    done = finish(tmp_path, *job(few_words, "tracker=none", "tracker.name=mlflow"))
     assert done.returncode == 2
     assert "pip install mlflow" in done.stderr and "Traceback" not in done.stderr + done.stdout
 
 
-def test_8_bit_states_of_two_processes_go_on_in_one(tiny, tmp_path):
-    words = job(tiny, "optimizer.name=adamw_8bit", "method=full", "max_steps=8", "checkpoint.every_steps=4")
-    done = finish(tmp_path, *words)
+def test_8_bit_states_of_two_processes_go_on_in_one(few_words, tmp_path, forked):
+    words = job(few_words, "optimizer.name=adamw_8bit", "method=full", "max_steps=8", "checkpoint.every_steps=4")
+    done = forked(*words)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     together = [row["loss"] for row in metrics(run)]
@@ -132,25 +151,27 @@ def test_8_bit_states_of_two_processes_go_on_in_one(tiny, tmp_path):
     assert saves["count"] == 2 and saves["behind"] and 0 < saves["stall_s_mean"] <= saves["stall_s_max"]
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "checkpoints" / "step-8")
-    done = finish(tmp_path, *words, "hardware.count=1", "sharding=none")
+    done = forked(*words, "hardware.count=1", "sharding=none")
     assert done.returncode == 0, done.stderr
     assert "resuming after step 4 of 8" in done.stdout
     assert [row["loss"] for row in metrics(run)] == pytest.approx(together, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_preference_pairs_on_two_processes_are_compared_with_the_base_and_saved_as_on_one(tiny, tmp_path, method):
+def test_preference_pairs_on_two_processes_are_compared_with_the_base_and_saved_as_on_one(
+    tiny, tmp_path, forked, method
+):
     """The reference pass switches the adapter off while layers are whole: their shards are still what is trained. Of
     all weights the base is asked before the first step, each process for its part."""
     words = [
         "data=ticket_pairs", "sequence_length=256", "batch.global_size=8", "max_steps=4", "checkpoint.every_steps=2",
         "evaluation.every_steps=2", f"method={method}",
     ]
-    done = finish(tmp_path, *job(tiny, *words))
+    done = forked(*job(tiny, *words))
     assert done.returncode == 0, done.stderr
     assert ("reference of the validation answers" in done.stdout) == (method == "full")
     assert not json.loads((tmp_path / "run" / "plan.json").read_text())["reshard_after_forward"]
-    alone = finish(tmp_path, *job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
+    alone = forked(*job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
     assert alone.returncode == 0, alone.stderr
     several, one = (metrics(tmp_path / name) for name in ("run", "alone"))
     for key in ("loss", "grad_norm", "reward_margin"):
@@ -166,7 +187,7 @@ def test_preference_pairs_on_two_processes_are_compared_with_the_base_and_saved_
     ],
 )
 def test_labelled_answers_on_two_processes_count_as_on_one_and_a_resumed_run_goes_on_as_it_was(
-    tiny, tmp_path, trained, own
+    tiny, tmp_path, forked, trained, own
 ):
     """One answer a micro-batch, which tells no move, or two; the second step of an epoch has three rows for two
     processes."""
@@ -174,10 +195,10 @@ def test_labelled_answers_on_two_processes_count_as_on_one_and_a_resumed_run_goe
         "data=ticket_labels", "batch.global_size=8", "max_steps=4", "checkpoint.every_steps=2",
         "evaluation.every_steps=2", *own,
     ]
-    done = finish(tmp_path, *job(tiny, *words))
+    done = forked(*job(tiny, *words))
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
-    alone = finish(tmp_path, *job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
+    alone = forked(*job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
     assert alone.returncode == 0, alone.stderr
     several, one = (metrics(folder) for folder in (run, tmp_path / "alone"))
     assert one[-1]["tokens"] == 2 * one[1]["tokens"] and one[0]["tokens"] > 2 * (one[1]["tokens"] - one[0]["tokens"])
@@ -190,24 +211,24 @@ def test_labelled_answers_on_two_processes_count_as_on_one_and_a_resumed_run_goe
 
     shutil.rmtree(tmp_path / "alone" / trained)
     shutil.rmtree(tmp_path / "alone" / "checkpoints" / "step-4")
-    alone = finish(tmp_path, *job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
+    alone = forked(*job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
     assert alone.returncode == 0 and "resuming after step 2 of 4" in alone.stdout, alone.stderr
     assert metrics(tmp_path / "alone") == one
 
 
-def test_zero3_begins_with_the_weights_that_were_there_before_the_rehearsal(tiny, tmp_path):
+def test_zero3_begins_with_the_weights_that_were_there_before_the_rehearsal(tiny, tmp_path, forked):
     """The tiny model's embeddings are too large to be kept whole on every rank, as a real one's are."""
     words = ["method=full", "max_steps=2"]
-    assert finish(tmp_path, *job(tiny, *words, "sharding=zero3")).returncode == 0
-    alone = finish(tmp_path, *job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
+    assert forked(*job(tiny, *words, "sharding=zero3")).returncode == 0
+    alone = forked(*job(tiny, *words, "hardware.count=1", "sharding=none", "run_dir=alone"))
     assert alone.returncode == 0, alone.stderr
     several, one = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("run", "alone"))
     assert several == pytest.approx(one, rel=1e-5)
 
 
-def test_two_workers_train_evaluate_and_leave_what_one_process_leaves(tiny, tmp_path):
+def test_two_workers_train_evaluate_and_leave_what_one_process_leaves(few_words, tmp_path):
     done = finish(
-        tmp_path, *job(tiny, "stop_after=evaluate", "evaluation.task=json_fields", "evaluation.max_rows=3",
+        tmp_path, *job(few_words, "stop_after=evaluate", "evaluation.task=json_fields", "evaluation.max_rows=3",
                        "evaluation.max_new_tokens=4", "method=full"),
     )
     assert done.returncode == 0, done.stderr
