@@ -60,6 +60,13 @@ SIZES = {
 }
 
 
+KIND = {
+    "gemma2": "sliding_attention", "gemma3_text": "sliding_attention", "exaone4": "sliding_attention",
+    "gemma4 wide": "full_attention",
+}
+"""Of all layers, where the kinds keep the same, or layers of one kind are looked at: another is compiled, too."""
+
+
 def partitioned(module: torch.fx.GraphModule, inputs: list, **options: object) -> object:
     """A backend: inductor's passes, decompositions and partitioner, with the parts run as they are."""
     return compile_fx.compile_fx(module, inputs, inner_compile=lambda part, *_, **__: make_boxed_func(part.forward))
@@ -69,7 +76,7 @@ def config(family: str, layers: int) -> dict:
     return {
         "model_type": family, "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 1000,
         "tie_word_embeddings": False, "num_hidden_layers": layers, **SIZES[family],
-        **({"layer_types": layers * ["full_attention"]} if family == "gemma4 wide" else {}),
+        **({"layer_types": layers * [KIND[family]]} if family in KIND else {}),
     }
 
 
@@ -136,28 +143,30 @@ SCALED = [{"dora": True, "lora_targets": some} for some in (("q_proj", "o_proj",
 
 
 def changes(family: str) -> list[dict]:
-    """All of llama's; of the others each method, and one more."""
-    if family in ("mixtral", "qwen3_moe"):  # adapters on the linears of attention alone
-        some = {"lora_targets": ("q_proj", "v_proj", "o_proj")}
-        over_nf4 = {"method": "qlora", "lora_dropout": 0.1}
-        return [some, {"method": "full"}, {**some, **over_nf4}, {**some, "precision": "fp8"}]
-    if family == "phi3":
-        return [*CHANGES[:3], CHANGES[5], *CHANGES[-2:]]
-    if family == "phi4_mini":
-        some = [{"lora_targets": targets} for targets in (("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj"))]
-        return [*CHANGES[:4], *some, CHANGES[-1]]
-    if family in ("granite", "ministral3", "gemma", "olmo2", "exaone4"):
-        return CHANGES[:3]
-    if family == "arcee":
-        return [*CHANGES[:6], *CHANGES[-2:]]
-    if family.startswith("gemma4"):
-        return CHANGES[:2] if family == "gemma4" else [*CHANGES[:5], {"dora": True}]
-    if family in ("llama", "gemma2"):
-        return CHANGES if family == "llama" else [*CHANGES[:2], *SCALED, *CHANGES[-2:]]
-    return [
-        *CHANGES[:3], CHANGES[2 + list(SIZES).index(family)], *CHANGES[-2:-1] * (family in ("qwen3", "gemma3_text")),
-        *SCALED * (family == "gemma3_text"),
-    ]
+    """All of llama's; of the others what their layers do otherwise, adapters mostly with one thing more: what an
+    adapter and a base in nf4 keep by themselves is llama's."""
+    plain, full, qlora, dropout, fp8, qlora_dropout = CHANGES[:6]
+    dora, full_fp8 = CHANGES[-2:]
+    own = {
+        "llama": CHANGES,
+        "qwen2": [full, qlora, dropout],
+        "qwen3": [full, qlora, fp8, dora],
+        "gemma2": [plain, full, *SCALED, dora, full_fp8],
+        "phi3": [full, qlora_dropout, dora, full_fp8],
+        "gemma3_text": [full, qlora, CHANGES[9], dora, *SCALED],
+        "phi4_mini": [
+            full, dropout, {"lora_targets": ("qkv_proj", "gate_up_proj")}, {"lora_targets": ("o_proj", "down_proj")},
+            full_fp8,
+        ],
+        "granite": [full, qlora], "ministral3": [full, plain], "gemma": [full, qlora], "olmo2": [full, plain],
+        "exaone4": [full, qlora],
+        "arcee": [full, dropout, fp8, qlora_dropout, dora, full_fp8],
+        "gemma4": [plain, full], "gemma4 wide": [full, qlora, dropout, fp8, dora],
+    }
+    if family in own:
+        return own[family]
+    some = {"lora_targets": ("q_proj", "v_proj", "o_proj")}  # adapters on the linears of attention alone
+    return [some, full, {**some, **qlora_dropout}, {**some, **fp8}]
 
 
 @pytest.mark.slow
