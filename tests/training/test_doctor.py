@@ -115,7 +115,8 @@ def test_a_real_node_with_other_code_settings_and_clock_is_named_and_nothing_sta
     with open(copy / "loadmaster" / "errors.py", "a", encoding="utf-8") as file:
         file.write("\n# one line more\n")
     other = {"PYTHONPATH": f"{copy}:{ROOT}", "CONFIG": "badcafe", "CLOCK": "600"}
-    done = run_ranks(SCRIPT, str(tmp_path), size=4, local_size=2, folder=tmp_path, each={2: other, 3: other})
+    each = {2: other, 3: other}
+    done = run_ranks(SCRIPT, str(tmp_path), size=4, local_size=2, folder=tmp_path, each=each, fork=False)
     assert done.codes == [4, 4, 4, 4], done.output
     said = done.output[0]
     assert "1. node 1 (" in said and "loadmaster's own files differ" in said
@@ -135,8 +136,8 @@ def test_nodes_with_different_numbers_of_processes_are_refused_on_every_rank(tmp
 
 
 @pytest.mark.slow
-def test_the_doctor_by_itself_names_a_rank_that_dies_while_it_is_looked_at(tiny, tmp_path):
-    words = ["hardware=cpu", "hardware.count=2", "batch.global_size=2", f"model.path={tiny}"]
+def test_the_doctor_by_itself_names_a_rank_that_dies_while_it_is_looked_at(few_words, tmp_path):
+    words = ["hardware=cpu", "hardware.count=2", "batch.global_size=2", f"model.path={few_words}"]
     script = tmp_path / "script.py"
     script.write_text(DIES.format(words=["doctor", *words]))
     ended = run_ranks(script, size=2, folder=tmp_path, timeout_s=150)
