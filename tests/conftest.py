@@ -28,11 +28,11 @@ LONGEST = {
     "slow": (
         "tests/test_smoke.py", "tests/export/test_serve_check.py", "tests/stand_in/test_training.py",
         "tests/models/test_gpu_code.py", "tests/training/test_hostile.py", "tests/launch/test_handover_served.py",
-        "tests/training/test_parity.py", "tests/training/test_workers.py", "tests/preflight/test_sharded.py",
-        "tests/preflight/test_compiled_memory.py", "tests/training/test_two_hosts.py",
-        "tests/preflight/test_stepping.py", "tests/test_readme.py", "tests/test_fp8_recipes.py",
-        "tests/launch/test_handover.py", "tests/export/test_candidates.py", "tests/preflight/test_benchmark_scripts.py",
-        "tests/preflight/test_zero_memory.py",
+        "tests/training/test_parity.py", "tests/training/test_workers.py", "tests/test_pipeline.py",
+        "tests/preflight/test_sharded.py", "tests/preflight/test_compiled_memory.py", "tests/training/test_compiled.py",
+        "tests/training/test_two_hosts.py", "tests/test_readme.py", "tests/launch/test_handover.py",
+        "tests/test_fp8_recipes.py", "tests/export/test_candidates.py", "tests/preflight/test_benchmark_scripts.py",
+        "tests/test_gemma4.py", "tests/preflight/test_zero_memory.py",
     ),
     "not slow": (
         "tests/test_pipeline.py", "tests/launch/test_launch_job.py", "tests/preflight/test_replay.py",
