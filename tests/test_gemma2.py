@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from loadmaster.config.compose import compose
 from loadmaster.pipeline import run
@@ -17,7 +17,8 @@ from tests.test_pipeline import SCALED_DOWN
 
 
 @pytest.fixture(scope="module")
-def gemma(tmp_path_factory, tokenizer) -> Path:
+def gemma(tmp_path_factory, few_words) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(few_words)
     folder = tmp_path_factory.mktemp("gemma2")
     torch.manual_seed(0)
     config = Gemma2Config(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from loadmaster.config.compose import compose
 from loadmaster.pipeline import run
@@ -21,7 +21,8 @@ LOOSE = "{max_perplexity_ratio: 100, max_mean_kl: 100, min_top1_agreement: 0, mi
 
 
 @pytest.fixture(scope="module")
-def gemma(tmp_path_factory, tokenizer) -> Path:
+def gemma(tmp_path_factory, few_words) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(few_words)
     folder = tmp_path_factory.mktemp("gemma4")
     torch.manual_seed(0)
     text = {**GEMMA_4, "vocab_size": len(tokenizer), "initializer_range": 0.1, "max_position_embeddings": 4096}
