@@ -1,4 +1,5 @@
-"""Every command of the README runs, as it stands there; training is scaled down, the smoke recipe has its own test."""
+"""Every command of the README runs, as it stands there; those that train do so scaled down, on a model with random
+weights: the smoke recipe has its own test."""
 
 import re
 import shlex
@@ -43,12 +44,13 @@ def marked() -> list:
 
 
 @pytest.mark.parametrize("command", marked())
-def test_the_command_runs(command, tmp_path):
+def test_the_command_runs(command, tmp_path, request):
     words = shlex.split(command)
     programs = {"python": [sys.executable], "loadmaster": [sys.executable, "-m", "loadmaster.cli"]}
     words = [*programs[words[0]], *words[1:]]
     if TRAINS.match(command):
-        words += [*SMALL, f"run_dir={tmp_path / 'run'}"]
+        words += [*SMALL, f"run_dir={tmp_path / 'run'}", f"model.path={request.getfixturevalue('few_words')}"]
+        words += ["model.name=example/few-words"]
     here = {"train.py": str(ROOT / "train.py")}
     words = [here.get(word, word.replace("examples/", f"{ROOT}/examples/")) for word in words]
     done = subprocess.run(
