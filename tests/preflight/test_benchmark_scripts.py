@@ -268,13 +268,13 @@ def test_losses_of_fewer_steps_than_a_mean_has_are_refused_before_any_is_taken(m
 
 
 @pytest.mark.slow
-def test_every_precision_whose_losses_are_compared_trains(tiny, tmp_path, monkeypatch, capsys) -> None:
+def test_every_precision_whose_losses_are_compared_trains(few_words, tmp_path, monkeypatch, capsys) -> None:
     script, rows = load("loss_bands"), tmp_path / "rows.json"
     rows.write_text(json.dumps([{"instruction": f"Count to {n}.", "output": "1, 2 and on."} for n in range(40)]))
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     monkeypatch.setattr(script, "WINDOW", 1)
     monkeypatch.setattr(
-        sys, "argv", ["loss_bands.py", "--data", str(rows), "--model", str(tiny), "--steps", "2", "--length", "64"]
+        sys, "argv", ["loss_bands.py", "--data", str(rows), "--model", str(few_words), "--steps", "2", "--length", "64"]
     )
     script.main()
     (told,) = tmp_path.glob("loss_bands-*.json")
