@@ -32,10 +32,10 @@ def start(
 
 
 @pytest.mark.slow
-def test_a_run_whose_reader_leaves_trains_to_its_end(tiny: Path, tmp_path: Path):
+def test_a_run_whose_reader_leaves_trains_to_its_end(few_words: Path, tmp_path: Path):
     words = ["hardware=cpu", "sequence_length=64", "max_steps=2", "data.max_rows=24", "batch.global_size=2",
              "evaluation.task=none", "tracker=none", "stop_after=train", "run_dir=run"]
-    process = start(command(f"model.path={tiny}", *words), tmp_path)
+    process = start(command(f"model.path={few_words}", *words), tmp_path)
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "run directory: run\n"
     process.stdout.close()
@@ -117,8 +117,8 @@ def small_disk(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_cache_on_a_full_disk_is_named_and_not_the_run_directory(tiny: Path, small_disk: Path, tmp_path: Path):
-    cached = start([*LOADMASTER, "data", f"model.path={tiny}"], tmp_path, LOADMASTER_CACHE=str(small_disk))
+def test_a_cache_on_a_full_disk_is_named_and_not_the_run_directory(few_words: Path, small_disk: Path, tmp_path: Path):
+    cached = start([*LOADMASTER, "data", f"model.path={few_words}"], tmp_path, LOADMASTER_CACHE=str(small_disk))
     said = cached.communicate(timeout=60)[1]
     assert cached.returncode == 4 and "Traceback" not in said, said
     assert f"tokenised data cannot be kept in {small_disk / 'data'}: its disk is full" in said

@@ -301,9 +301,9 @@ def test_compiled_layers_are_not_compiled_anew_when_the_adapter_goes_on_and_off(
 
 
 @pytest.mark.slow
-def test_train_py_learns_from_labels_and_says_what_it_held_out(tiny, tmp_path):
+def test_train_py_learns_from_labels_and_says_what_it_held_out(few_words, tmp_path):
     done = finish(
-        tmp_path, f"model.path={tiny}", "data=ticket_labels", "data.max_rows=12", "hardware=cpu", "method=lora",
+        tmp_path, f"model.path={few_words}", "data=ticket_labels", "data.max_rows=12", "hardware=cpu", "method=lora",
         "sequence_length=256", "batch.global_size=4", "micro_batch_size=2", "max_steps=3", "stop_after=evaluate",
         "evaluation.max_rows=2", "evaluation.max_new_tokens=4", "tracker=none", "run_dir=run",
     )
