@@ -19,22 +19,22 @@ JOB = [
 ]
 
 
-def words(tiny: Path, steps: int, *overrides: str) -> list[str]:
-    return [f"model.path={tiny}", *JOB, f"max_steps={steps}", *overrides]
+def words(model: Path, steps: int, *overrides: str) -> list[str]:
+    return [f"model.path={model}", *JOB, f"max_steps={steps}", *overrides]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("hardware.count=2", "sharding=fsdp", "micro_batch_size=1")])
-def test_a_run_whose_terminal_closes_saves_a_checkpoint_and_the_same_command_goes_on(more, tiny, tmp_path):
+def test_a_run_whose_terminal_closes_saves_a_checkpoint_and_the_same_command_goes_on(more, few_words, tmp_path):
     run = tmp_path / "run"
-    there = OnTerminal(command(*words(tiny, 5000, *more)), tmp_path)
+    there = OnTerminal(command(*words(few_words, 5000, *more)), tmp_path)
     there.until(lambda: len(metrics(run)) >= 3)
     there.close()
     assert there.code() == 75
     done = len(metrics(run))
     assert 3 <= done < 5000 and (run / "checkpoints" / f"step-{done}" / "checksums.json").is_file()
     assert read_json(run / "result.json").get("failure") is None
-    again = OnTerminal(command(*words(tiny, 5000, *more)), tmp_path)
+    again = OnTerminal(command(*words(few_words, 5000, *more)), tmp_path)
     again.until(lambda: len(metrics(run)) >= done + 2)
     again.process.send_signal(signal.SIGHUP)  # from elsewhere: this terminal is there, and is spoken to
     assert again.code() == 75
@@ -43,9 +43,9 @@ def test_a_run_whose_terminal_closes_saves_a_checkpoint_and_the_same_command_goe
 
 
 @pytest.mark.slow
-def test_what_nohup_starts_trains_to_its_end_without_its_terminal(tiny, tmp_path):
+def test_what_nohup_starts_trains_to_its_end_without_its_terminal(few_words, tmp_path):
     """And writes to a terminal that is gone, where a shell has SIGHUP ignored and redirects nothing."""
-    there = OnTerminal(command(*words(tiny, 60)), tmp_path, nohup=True)
+    there = OnTerminal(command(*words(few_words, 60)), tmp_path, nohup=True)
     there.until(lambda: len(metrics(tmp_path / "run")) >= 3)
     there.close()
     assert there.code() == 0

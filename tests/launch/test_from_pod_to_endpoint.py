@@ -85,13 +85,13 @@ def there(place, s3, monkeypatch) -> FakeS3:
 
 
 @pytest.fixture
-def trip(place, there, tiny, monkeypatch) -> Iterator[Trip]:
+def trip(place, there, few_words, monkeypatch) -> Iterator[Trip]:
     """Pods run the real job on what they have here: a CPU, a tiny model, and another folder for /workspace."""
     mounted = f"from loadmaster.endpoint import settings as s; s.POD_MOUNT = type(s.POD_MOUNT)({str(place.folder)!r})"
     mounted += " / 'workspace'; import sys; from loadmaster.cli import main; sys.exit(main())"
 
     def on_a_cpu(stop, choice, folder, run_dir):
-        fits = [f"model.path={tiny}", "hardware.gpu=cpu", "precision=fp32", "method=lora", "micro_batch_size=1"]
+        fits = [f"model.path={few_words}", "hardware.gpu=cpu", "precision=fp32", "method=lora", "micro_batch_size=1"]
         return [sys.executable, "-c", mounted, *real(stop, choice, folder, run_dir)[3:], *fits]
 
     monkeypatch.setattr(order, "command", on_a_cpu)

@@ -42,10 +42,10 @@ PATIENT_S, QUICK_S = 20.0, 1.0
 
 
 @pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory) -> Path:
+def trained(few_words, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("handover") / "runs/tickets/one"
     console = Console(file=io.StringIO(), width=120)
-    composed = compose([f"model.path={tiny}", f"run_dir={folder}", *JOB])
+    composed = compose([f"model.path={few_words}", f"run_dir={folder}", *JOB])
     assert run(composed, console) == 0, console.file.getvalue()
     return folder
 
@@ -134,10 +134,13 @@ MODES = {"good": 0, "failed": 4}
     ("kind", "account"), [(kind, QUICK_S if kind == "timeout" else PATIENT_S) for kind in FAULTS], indirect=["account"]
 )
 def test_every_failure_of_every_call_leaves_one_endpoint_or_none(trained, account, capsys, caplog, kind) -> None:
-    """Each plane fails at call n, and its data and volume at every eighth after it."""
+    """Each plane fails at call n, and its data and volume at every eighth after it. The endpoint fails as well at every
+    other n, which differs by the kind."""
     caplog.set_level(logging.DEBUG)
     every = 8
     for at, mode in product(range(1, every + 1), MODES):
+        if mode == "failed" and (at + FAULTS.index(kind)) % 2:
+            continue
         account.endpoint.mode = mode
         for name in list(account.s3.objects("vol1")):
             account.s3.remove("vol1", name)

@@ -331,13 +331,14 @@ def test_what_cannot_be_meant_is_refused(cluster, words, said):
 
 
 @pytest.mark.slow
-def test_two_nodes_train_one_model(cluster, monkeypatch, tiny):
+def test_two_nodes_train_one_model(cluster, monkeypatch, few_words):
     """The real script and the real job: one task a node, which find each other by Slurm's variables."""
     for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     words = ["recipe=smoke", "launch=slurm", "hardware=cpu", "launch.nodes=2", f"launch.python={sys.executable}"]
-    words += [f"model.path={tiny}", "max_steps=2", "stop_after=train", "sequence_length=256", "batch.global_size=2"]
+    words += [f"model.path={few_words}", "max_steps=2", "stop_after=train", "sequence_length=256"]
+    words += ["batch.global_size=2"]
     assert launch_job(compose([*words, "data.max_rows=40"]), cluster.console) == 0, cluster.said
     assert "on 2 CPU processes" in cluster.said and "of 2, loss" in cluster.said
     (run,) = (cluster.folder / "runs" / "smoke").glob("slurm-*")

@@ -215,11 +215,11 @@ def test_a_config_that_cannot_be_planned_is_named_as_it_is_on_the_hosts():
 
 
 @pytest.mark.slow
-def test_two_hosts_train_one_model(tmp_path, monkeypatch, sshd, tiny):
+def test_two_hosts_train_one_model(tmp_path, monkeypatch, sshd, few_words):
     """The real job on both: torchrun wrapper, static rendezvous at what ssh resolves the first host to, gloo."""
     monkeypatch.chdir(tmp_path)
     hosts = Hosts(tmp_path, sshd)
-    words = ["recipe=smoke", f"model.path={tiny}", "max_steps=2", "stop_after=train", "sequence_length=256"]
+    words = ["recipe=smoke", f"model.path={few_words}", "max_steps=2", "stop_after=train", "sequence_length=256"]
     words += ["batch.global_size=2", "data.max_rows=40", "launch.hosts=[node0,node1]"]
     env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": ROOT}
     assert hosts.launch(*words, *(f"launch.env.{name}='{value}'" for name, value in env.items())) == 0
