@@ -18,15 +18,15 @@ from tests.training.hosts import torchrun, two_hosts, wait_until
 
 pytestmark = pytest.mark.slow
 
-STEPS = 200
+STEPS = 300
 HANG_S = 20
 START_S, END_S = 150, 90
 """Longest waits for a first step and for an end: what is tested is that there is an end."""
 
 
-def job(tiny, **fields):
+def job(model, **fields):
     words = {
-        "model": "smollm2_135m", "model.path": tiny, "method": "lora", "sequence_length": 128, "batch.global_size": 4,
+        "model": "smollm2_135m", "model.path": model, "method": "lora", "sequence_length": 128, "batch.global_size": 4,
         "max_steps": STEPS, "checkpoint.every_steps": 5, "evaluation.every_steps": "null", "data.validation": "null",
         "evaluation.task": "none", "tracker": "none", "stop_after": "train", "hardware": "cpu", "hardware.count": 1,
         "hardware.nodes": 2, "run_dir": "run", "launch.hang_timeout_s": HANG_S,
@@ -76,8 +76,8 @@ def newest(run: Path) -> int:
     return max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
-def test_stopped_on_one_host_gone_on_with_then_one_is_lost_and_the_other_finishes_alone(tmp_path, tiny, hosts):
-    words = job(tiny)
+def test_stopped_on_one_host_gone_on_with_then_one_is_lost_and_the_other_finishes_alone(tmp_path, few_words, hosts):
+    words = job(few_words)
     first = Cluster(hosts, tmp_path, "first", words)
     first.trains()
     worker = max(pid for pid in hosts[1].pids() if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
@@ -96,7 +96,7 @@ def test_stopped_on_one_host_gone_on_with_then_one_is_lost_and_the_other_finishe
     lost_after = newest(tmp_path / "run")
     assert lost_after > stopped
 
-    third = finish(tmp_path, *job(tiny, **{"hardware.nodes": 1}))  # one command, on half of the hardware
+    third = finish(tmp_path, *job(few_words, **{"hardware.nodes": 1}))  # one command, on half of the hardware
     assert third.returncode == 0, third.stdout + third.stderr
     assert f"resuming after step {lost_after} of {STEPS}" in third.stdout
     rows = metrics(tmp_path / "run")
@@ -106,8 +106,8 @@ def test_stopped_on_one_host_gone_on_with_then_one_is_lost_and_the_other_finishe
     assert "Traceback" not in first.said(0) + first.said(1) + second.said(0) + third.stderr
 
 
-def test_the_lead_s_launcher_is_killed_its_processes_end_with_it_and_the_other_host_says_so(tmp_path, tiny, hosts):
-    cluster = Cluster(hosts, tmp_path, "only", job(tiny))
+def test_the_lead_s_launcher_is_killed_its_processes_end_with_it_and_the_other_host_says_so(tmp_path, few_words, hosts):
+    cluster = Cluster(hosts, tmp_path, "only", job(few_words))
     cluster.trains()
     cluster.processes[0].kill()
     cluster.processes[0].wait()
@@ -117,9 +117,9 @@ def test_the_lead_s_launcher_is_killed_its_processes_end_with_it_and_the_other_h
     assert "Traceback" not in cluster.said(1)
 
 
-def test_a_network_that_is_gone_without_a_word_ends_both_hosts(tmp_path, tiny, hosts):
+def test_a_network_that_is_gone_without_a_word_ends_both_hosts(tmp_path, few_words, hosts):
     """No connection is closed: nothing tells a host that the other one is away, but that it hears nothing."""
-    cluster = Cluster(hosts, tmp_path, "only", job(tiny))
+    cluster = Cluster(hosts, tmp_path, "only", job(few_words))
     cluster.trains()
     hosts[1].unplug()
     both = hosts[0].kind == "network namespaces"  # else the other one's processes are stopped, and say nothing
