@@ -70,7 +70,7 @@ def padded(steps: list[list[dict]]) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_loss_curve_is_the_trainers(few_words, tmp_path, method):
+def test_the_loss_curve_is_the_trainers(tiny, tmp_path, method):
     job = dataclasses.replace(JOB, max_steps=STEPS, optimizer=OPTIMIZER, method=method)
     plan = dataclasses.replace(PLAN, method=method)
     data = rows(60)
@@ -78,8 +78,8 @@ def test_the_loss_curve_is_the_trainers(few_words, tmp_path, method):
         job,
         plan,
         SimpleNamespace(train=data, validation=None),
-        load_tokenizer(few_words),
-        few_words,
+        load_tokenizer(tiny),
+        tiny,
         tmp_path / "ours",
         "hash",
         lambda model: {"loss": 1.0},
@@ -89,8 +89,8 @@ def test_the_loss_curve_is_the_trainers(few_words, tmp_path, method):
     ours = [row["loss"] for row in read_metrics(tmp_path / "ours" / "metrics.jsonl")]
 
     seed_everything(job.seed)
-    start = make_trainable(load_base(few_words, torch.float32, "cpu"), method, job.lora)
-    model = AutoModelForCausalLM.from_pretrained(few_words, dtype=torch.float32, attn_implementation="sdpa")
+    start = make_trainable(load_base(tiny, torch.float32, "cpu"), method, job.lora)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attn_implementation="sdpa")
     if method == "lora":
         model = make_trainable(model, method, job.lora)
     model.load_state_dict(copy.deepcopy(start.state_dict()))
