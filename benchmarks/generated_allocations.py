@@ -26,7 +26,7 @@ NEW = re.compile(r"(\w+) = empty_strided_cuda\(")
 RENAMED = re.compile(r"(\w+) = (?:reinterpret_tensor\()?(\w+)\b.*; del \2\b")
 ALIAS = re.compile(r"(\w+) = (\w+)$")
 PART = re.compile(r"(\w+) = (\w+)\[\d+\]")
-CALLED = re.compile(r"(\w+) = torch\.ops\.")
+CALLED = re.compile(r"(\w+) = (?:torch\.ops|extern_kernels)\.")
 GONE = re.compile(r"del ([\w, ]+)")
 Line = tuple[str, str, str]
 """(what happens, name, other name)."""
