@@ -85,7 +85,7 @@ def kept_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int | N
     return kept
 
 
-def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
+def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int:
     """What one token of a layer has at once in its backward pass, beyond what is kept and its output's gradient.
 
     Under adapters, at the kernel of the gated product: its gradient, and the gradients of gate and up, in bf16. Where
@@ -100,11 +100,15 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
     gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
     and fp32; with a norm after the MLP the gradient before it, without one the output's gradient in FP8, turned (2.11
     makes that first, 2.13 later). Without a gate there is one gradient less. Read off the code that inductor generates
-    for a GPU (2.11 and 2.13, the larger; tests/models/test_gpu_code.py). With experts, or fused and trained whole, a
-    layer is counted amply as an eager one."""
+    for a GPU (2.11 and 2.13, the larger; tests/models/test_gpu_code.py). Fused and trained whole: one product of the
+    gradient, the gradient of gate and up, and attention's result laid out anew; in FP8 that gradient and its codes
+    twice. Experts under adapters: `_of_experts`; trained whole, under DoRA or dropout, or in a layer without any of a
+    model that has some, a layer is counted amply as an eager one."""
     f = shape.intermediate_size
-    if shape.experts or (shape.fused and not setup.adapters):
-        return 0
+    if shape.experts:
+        return _of_experts(shape) if second and setup.adapters and not (setup.lora_dropout or setup.dora) else 0
+    if shape.fused and not setup.adapters:
+        return 6 * f + 2 * shape.query_size if setup.precision == "bf16" else 8 * f
     turned = shape.hidden_size * (setup.precision == "fp8" and not shape.norm_places[3])
     if not setup.adapters and not shape.gated:
         return (4 if setup.precision == "bf16" else 5) * f + turned
@@ -136,3 +140,21 @@ def in_backward_bytes(shape: ModelShape, setup: Setup) -> int:
         if f < SPLIT and "gate_proj" in names:
             bytes_ += 4 * ("up_proj" in names) if dropped and "down_proj" in names else 2 + 2 * shape.gelu
     return bytes_ * f - 2 * shape.hidden_size * shape.norm_places[3]
+
+
+def _of_experts(shape: ModelShape) -> int:
+    """Each token is there once for each of its experts, whatever the routing. At the kernel that weighs their results'
+    gradients: those (fp32 in Mixtral, whose weights are) and what comes of them; at that of the gated products, whose
+    results are gone by then: their gradient and those of gate and up. Beside them those of the weights."""
+    weighing = (6 if shape.family == "mixtral" else 4) * shape.hidden_size
+    gated = 6 * shape.expert_size - 2 * shape.hidden_size
+    return shape.experts_per_token * (max(weighing, gated) + 4)
+
+
+def forward_bytes(shape: ModelShape, setup: Setup, second: bool) -> int:
+    """What one token of a layer with experts has at once in its forward pass beyond what it keeps: the gated product,
+    and its output, besides a product's result before that is kept; in FP8 or nf4 what attention's linears have comes
+    before most that is kept. 0 where what is replayed counts."""
+    if not (shape.experts and in_backward_bytes(shape, setup, second)):
+        return 0
+    return 2 * shape.experts_per_token * shape.expert_size + 4 * shape.hidden_size

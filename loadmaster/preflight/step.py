@@ -15,7 +15,7 @@ from loadmaster.preflight import saved
 from loadmaster.preflight.alike import HEAD_LAYERS, Alike, Kind, Place, places, stand_in
 from loadmaster.preflight.attending import attention_blocks, attention_scratch
 from loadmaster.preflight.blocks import Blocks, Weights
-from loadmaster.preflight.compiled import in_backward_bytes, kept_bytes
+from loadmaster.preflight.compiled import forward_bytes, in_backward_bytes, kept_bytes
 from loadmaster.preflight.graph import Leaf, Storage, Tensor
 from loadmaster.preflight.layers import chunked_loss, decoder_layer, embed, gather, preference_loss
 from loadmaster.preflight.replay import Tape, Work
@@ -192,6 +192,9 @@ def _forward(b: Blocks, before: bool = False) -> tuple[Tensor, Callable[[Work], 
         x = kind.leave(units.begin(x, index, second, place.following))
         entered = [x.storage] if kind.kept and checkpointing == "none" and tape.enabled else []
         checkpointed = checkpointing != "none" and tape.enabled
+        inside = forward_bytes(own.shape, b.setup, second) * b.n if entered and kind.inside else 0
+        if inside:
+            tape.hide()
         x = tape.enter_layer(x) if b.setup.compiled else x
         how = checkpointing == "selective", checkpointing == "offload"
         x = tape.checkpoint(layer, x, *how) if checkpointed else layer(x)
@@ -199,6 +202,9 @@ def _forward(b: Blocks, before: bool = False) -> tuple[Tensor, Callable[[Work], 
         eager = tape.by_tag["activations"] - activations + less
         kind.less = eager - kind.kept if entered else 0
         tape.correct(less - kind.less)
+        if inside:
+            tape.show()
+            tape.alloc(inside)
         x = units.end(kind.enter(x, entered), index, tape.leaves[first:])
         del entered
         if place.measures:
@@ -244,10 +250,17 @@ def _in_backward(b: Blocks, second: bool, kind: str, kept: int) -> int:
     """Bytes that a compiled layer's backward pass has at once beyond what it kept and its output's gradient, where that
     is known: what it has inside, and what it makes again before, if anything."""
     shape, setup, n = b.shape, b.setup, b.n
-    inside = in_backward_bytes(shape, setup) * n
+    inside = in_backward_bytes(shape, setup, second) * n
     if not inside:
         return 0
-    if b.full:
+    if shape.experts:  # those of the experts, which come first, are gone by the time of attention's
+        dequantized = b.w * max(m.weight for m in shape.attention_matrices) * (setup.method == "qlora")
+        product = dequantized + b.w * n * shape.hidden_size
+        inside = max(inside, product, _at_adapted_attention(b), gradient_bytes(shape, setup, second))
+    elif b.full and shape.fused:
+        inside = max(inside + b.w * shape.hidden_size * shape.intermediate_size, _at_fused_attention(b))
+        inside = max(inside, gradient_bytes(shape, setup, second))
+    elif b.full:
         codes = shape.hidden_size * max(shape.intermediate_size, shape.query_size)  # of a matrix
         most = max(inside, _at_attention(b), gradient_bytes(shape, setup, second))
         inside = most + (codes if setup.precision == "fp8" else 0)
@@ -271,6 +284,8 @@ def _at_adapted_attention(b: Blocks) -> int:
     gone."""
     shape = b.shape
     gone = (1 + shape.gated) * shape.intermediate_size
+    if shape.experts:
+        gone = shape.experts_per_token * (2 * shape.expert_size + shape.hidden_size)
     codes = shape.hidden_size * (5 * b.n + shape.query_size) * (b.setup.precision == "fp8")
     here = shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - gone
     return b.w * b.n * here + codes + attention_scratch(b)
@@ -285,6 +300,21 @@ def _at_attention(b: Blocks) -> int:
     here = 4 * shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - gone
     turned = b.n * shape.hidden_size * (b.setup.precision == "fp8")
     return b.w * (b.n * here + sum(m.weight for m in shape.mlp_matrices)) + turned + attention_scratch(b)
+
+
+def _at_fused_attention(b: Blocks) -> int:
+    """At attention's kernel or before it, trained whole with gate and up in one matrix. Of what counts, in bf16: the
+    gradients of both feed-forward matrices and three of hidden size, or besides attention's four gradients, either both
+    and two of hidden size, where gate and up are gone, or down's and that of attention's output matrix and three. In
+    FP8 one more in bytes, or seven and the turned codes of the gradient of gate and up, with no matrix's. The order is
+    another at other numbers of tokens."""
+    shape, n, h = b.shape, b.n, b.shape.hidden_size
+    gone, down = 4 * shape.intermediate_size, h * shape.intermediate_size
+    own = n * (4 * shape.query_size + 4 * shape.key_value_size) + attention_scratch(b)
+    if b.setup.precision == "fp8":
+        return own + max(6 * down + n * (5 * h - gone), n * (7 * h + gone // 2))
+    early = 2 * down + 2 * h * shape.query_size + 6 * h * n
+    return max(6 * down + 6 * h * n, own + max(6 * down + n * (4 * h - gone), early))
 
 
 def _layer(b: Blocks, weights: Weights, second: bool, positions: Storage) -> Callable[[Tensor], Tensor]:
