@@ -102,11 +102,12 @@ def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> 
     makes that first, 2.13 later). Without a gate there is one gradient less. Read off the code that inductor generates
     for a GPU (2.11 and 2.13, the larger; tests/models/test_gpu_code.py). Fused and trained whole: one product of the
     gradient, the gradient of gate and up, and attention's result laid out anew; in FP8 that gradient and its codes
-    twice. Experts under adapters: `_of_experts`; trained whole, under DoRA or dropout, or in a layer without any of a
-    model that has some, a layer is counted amply as an eager one."""
+    twice. Experts: `_of_experts`; trained whole in FP8, under DoRA or dropout, or in a layer without any of a model
+    that has some, a layer is counted amply as an eager one."""
     f = shape.intermediate_size
     if shape.experts:
-        return _of_experts(shape) if second and setup.adapters and not (setup.lora_dropout or setup.dora) else 0
+        seen = not (setup.lora_dropout or setup.dora) and (setup.adapters or setup.precision == "bf16")
+        return _of_experts(shape, setup) if second and seen else 0
     if shape.fused and not setup.adapters:
         return 6 * f + 2 * shape.query_size if setup.precision == "bf16" else 8 * f
     turned = shape.hidden_size * (setup.precision == "fp8" and not shape.norm_places[3])
@@ -142,13 +143,16 @@ def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> 
     return bytes_ * f - 2 * shape.hidden_size * shape.norm_places[3]
 
 
-def _of_experts(shape: ModelShape) -> int:
+def _of_experts(shape: ModelShape, setup: Setup) -> int:
     """Each token is there once for each of its experts, whatever the routing. At the kernel that weighs their results'
     gradients: those (fp32 in Mixtral, whose weights are) and what comes of them; at that of the gated products, whose
-    results are gone by then: their gradient and those of gate and up. Beside them those of the weights."""
-    weighing = (6 if shape.family == "mixtral" else 4) * shape.hidden_size
-    gated = 6 * shape.expert_size - 2 * shape.hidden_size
-    return shape.experts_per_token * (max(weighing, gated) + 4)
+    results are gone by then: their gradient and those of gate and up. Beside them those of the weights. Trained whole
+    the products are made again before, and results' gradients and the input's stay."""
+    h, e, k = shape.hidden_size, shape.expert_size, shape.experts_per_token
+    weighing = (6 if shape.family == "mixtral" else 4) * h + 4
+    if setup.adapters:
+        return k * max(weighing, 6 * e - 2 * h + 4)
+    return max(k * (weighing + 2 * e) + 2 * h + 4 * shape.experts, 8 * k * e + 4 * h)
 
 
 def forward_bytes(shape: ModelShape, setup: Setup, second: bool) -> int:

@@ -253,7 +253,9 @@ def _in_backward(b: Blocks, second: bool, kind: str, kept: int) -> int:
     inside = in_backward_bytes(shape, setup, second) * n
     if not inside:
         return 0
-    if shape.experts:  # those of the experts, which come first, are gone by the time of attention's
+    if shape.experts and b.full:
+        inside = max(inside, _after_experts(b, gradient_bytes(shape, setup, second)))
+    elif shape.experts:  # those of the experts, which come first, are gone by the time of attention's
         dequantized = b.w * max(m.weight for m in shape.attention_matrices) * (setup.method == "qlora")
         product = dequantized + b.w * n * shape.hidden_size
         inside = max(inside, product, _at_adapted_attention(b), gradient_bytes(shape, setup, second))
@@ -315,6 +317,19 @@ def _at_fused_attention(b: Blocks) -> int:
         return own + max(6 * down + n * (5 * h - gone), n * (7 * h + gone // 2))
     early = 2 * down + 2 * h * shape.query_size + 6 * h * n
     return max(6 * down + 6 * h * n, own + max(6 * down + n * (4 * h - gone), early))
+
+
+def _after_experts(b: Blocks, gradients: int) -> int:
+    """Where experts are trained whole, at attention's kernel: the gradients of gated products and of gate and up, and
+    four of hidden size, attention's four besides; or matrices' gradients in the place of those: down's at the gated
+    products, or all of them, and the experts' inputs laid out anew. The order is another at other numbers of tokens.
+    When the layer has all its gradients, experts' results and what attention has kept are gone."""
+    shape, n, h = b.shape, b.n, b.shape.hidden_size
+    k, e, down = shape.experts_per_token, shape.expert_size, 2 * shape.experts * shape.expert_size * h
+    attention = 4 * shape.query_size + 4 * shape.key_value_size
+    own = n * (8 * h + attention) + attention_scratch(b)
+    ends = max(3 * down - 2 * k * h * n, gradients - (2 * k * h + attention) * n)
+    return max(own + 6 * k * e * n, down + k * (6 * e - 2 * h) * n, own + 3 * down - k * (4 * e + 2 * h) * n, ends)
 
 
 def _layer(b: Blocks, weights: Weights, second: bool, positions: Storage) -> Callable[[Tensor], Tensor]:
