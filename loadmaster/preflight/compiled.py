@@ -21,6 +21,9 @@ does it again, on the meta device), a token of a layer in bf16 keeps
     2 h    where DoRA's magnitudes scale down's result, and 2 dq + 2 dk where q's and k's that no norm has kept; with
            four norms down's has been, and where q and k have norms as well, 4 dq if q, k and v are all scaled
 
+A layer that is checkpointed selectively (models/recompute.py) keeps those products and attention as they come, and
+makes again what is between: it keeps nothing of norms, those of q and k among them.
+
 On an H100 a sketch of such an engine took 32.9 GiB (LoRA 8B, 2 x 2048), 23.2 over nf4, and 38.6 (full 3B, 4 x 2048), or
 32.5 in FP8: benchmarks/reference_runs.py has them beside this. Fused kernels' own temporaries are not known.
 """
@@ -31,6 +34,7 @@ from functools import cache
 
 from loadmaster.preflight import saved
 from loadmaster.preflight.blocks import MERGED
+from loadmaster.preflight.frozen import WIDE
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 
@@ -48,7 +52,7 @@ the one with most has 188 (RTX PRO 6000; an H100 132)."""
 @cache
 def kept_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int | None:
     """Of one token and layer of a kind; None where it is not known: fp32, norms trained beside an
-    adapter, and dropout or DoRA where norms come after attention and MLP."""
+    adapter, dropout or DoRA where norms come after attention and MLP, and selectively those of `_unseen`."""
     shape, experts = shape.view(second), second and bool(shape.experts)
     if setup.adapters and saved.layer_parameters(shape, setup.modules_to_save):
         return None
@@ -58,10 +62,14 @@ def kept_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int | N
         return None
     if shape.norms_after and (setup.lora_dropout or setup.dora):  # not looked at
         return None
+    selective = setup.checkpointing == "selective"
+    if selective and _unseen(shape, setup):
+        return None
     h, f, dq, dk = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size
     adapted = shape.adapted(setup.lora_targets, experts) if setup.adapters else ()
-    kept = 2 * h * (3 if shape.norm_places[3] else 2) + 4 * shape.norms + 4 * dq + 4 * dk + 4 * shape.heads
-    if shape.query_key_norm:
+    kept = 2 * h * (3 if shape.norm_places[3] else 2) + 4 * dq + 4 * dk + 4 * shape.heads
+    kept += 0 if selective else 4 * shape.norms
+    if shape.query_key_norm and not selective:
         kept += 2 * dq + 2 * dk + 4 * (2 if shape.whole_norm else shape.heads + shape.key_value_heads)
     if shape.value_norm and not shape.keys_as_values:
         kept += 4 * shape.key_value_heads
@@ -83,6 +91,15 @@ def kept_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int | N
         again = MADE_AGAIN if setup.method == "qlora" else ()
         kept += sum((1 if m.name in again and not m.shared else 3) * m.inputs for m in adapted)
     return kept
+
+
+def _unseen(shape: ModelShape, setup: Setup) -> bool:
+    """Layers whose code was not looked at under selective checkpointing, or keeps and makes other things."""
+    narrow = min(m.inputs for m in shape.matrices(False)) < WIDE  # products that are made again
+    norms = shape.norms_after or shape.whole_norm or shape.value_norm or shape.scaled_query or shape.scaled_residual
+    between = shape.experts or shape.fused or not shape.gated or (shape.gelu and not shape.norm_places[3])
+    biases = shape.output_bias or shape.mlp_bias
+    return bool(narrow or norms or between or biases or shape.keys_as_values or setup.lora_dropout or setup.dora)
 
 
 def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int:
@@ -118,6 +135,8 @@ def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> 
         return products * f + turned + 2 * shape.hidden_size * shape.norm_places[3]
     names = {m.name for m in shape.adapted(setup.lora_targets)}
     dropped = bool(setup.lora_dropout) and setup.method != "qlora"  # an nf4 base's are made again
+    if setup.checkpointing == "selective":
+        return _selective_inside(shape, setup, names)
     if not shape.gated:
         again = "down_proj" in names and not dropped
         bytes_ = 6 + 2 * setup.dora if again else 2 + 4 * (setup.dora and "up_proj" in names)
@@ -162,3 +181,21 @@ def forward_bytes(shape: ModelShape, setup: Setup, second: bool) -> int:
     if not (shape.experts and in_backward_bytes(shape, setup, second)):
         return 0
     return 2 * shape.experts_per_token * shape.expert_size + 4 * shape.hidden_size
+
+
+def _selective_inside(shape: ModelShape, setup: Setup, names: set[str]) -> int:
+    """Under adapters, where products are kept as they come: a sum of base and adapter is made again in each kernel that
+    reads it, and the adapter's part of it lies there.
+
+    In bf16 gate's part, and up's where a GELU or a product made again for down's adapter reads it, and for that both
+    parts of its gradient, too. In FP8 the same beside codes, the gradient in fp32 (a GELU's always), and the MLP's
+    input where gate or up is adapted; a norm after the MLP has its input made again. Beside a GELU's gate, where down
+    is as it is, gradients of hidden size, and the gate's codes. Read off as above, 2.11 and 2.13 alike."""
+    gate, up, down = (name in names for name in ("gate_proj", "up_proj", "down_proj"))
+    f, h = shape.intermediate_size, shape.hidden_size
+    if setup.precision == "bf16":
+        return (6 + 2 * (gate + down + (up and (down or shape.gelu)))) * f - 2 * h * shape.norm_places[3]
+    if shape.gelu:
+        products = 10 + 2 * down + 2 * (up and (down or not gate)) + 4 * (gate and down and not up)
+        return products * f + (2 + (2 if up else 6) * (gate and not down)) * h
+    return (12 + 4 * down - 2 * (gate and not up)) * f + 2 * h * (gate or up)

@@ -137,8 +137,7 @@ def _places(b: Blocks) -> tuple[tuple[Place, ...], dict[Alike, Kind]]:
 
 def _kind(b: Blocks, alike: Alike, skipped: int) -> Kind:
     """b: of that kind."""
-    known = b.setup.compiled and alike.checkpointing != "selective"
-    kept = ((kept_bytes(b.shape, b.setup, alike.second) if known else None) or 0) * b.n
+    kept = ((kept_bytes(b.shape, b.setup, alike.second) if b.setup.compiled else None) or 0) * b.n
     inside = _in_backward(b, *alike, kept) if kept else 0
     return Kind(b, alike, skipped, kept, inside)
 
@@ -190,10 +189,12 @@ def _forward(b: Blocks, before: bool = False) -> tuple[Tensor, Callable[[Work], 
         less = kind.less
         tape.correct(-less)
         x = kind.leave(units.begin(x, index, second, place.following))
-        entered = [x.storage] if kind.kept and checkpointing == "none" and tape.enabled else []
+        entered = [x.storage] if kind.kept and checkpointing in ("none", "selective") and tape.enabled else []
         checkpointed = checkpointing != "none" and tape.enabled
         inside = forward_bytes(own.shape, b.setup, second) * b.n if entered and kind.inside else 0
-        if inside:
+        # The backward code of selective checkpoints has more at once than their forward code.
+        hidden = inside or (kind.inside and checkpointing == "selective" and tape.enabled)
+        if hidden:
             tape.hide()
         x = tape.enter_layer(x) if b.setup.compiled else x
         how = checkpointing == "selective", checkpointing == "offload"
@@ -202,8 +203,9 @@ def _forward(b: Blocks, before: bool = False) -> tuple[Tensor, Callable[[Work], 
         eager = tape.by_tag["activations"] - activations + less
         kind.less = eager - kind.kept if entered else 0
         tape.correct(less - kind.less)
-        if inside:
+        if hidden:
             tape.show()
+        if inside:
             tape.alloc(inside)
         x = units.end(kind.enter(x, entered), index, tape.leaves[first:])
         del entered
@@ -263,20 +265,23 @@ def _in_backward(b: Blocks, second: bool, kind: str, kept: int) -> int:
         inside = max(inside + b.w * shape.hidden_size * shape.intermediate_size, _at_fused_attention(b))
         inside = max(inside, gradient_bytes(shape, setup, second))
     elif b.full:
-        codes = shape.hidden_size * max(shape.intermediate_size, shape.query_size)  # of a matrix
-        most = max(inside, _at_attention(b), gradient_bytes(shape, setup, second))
-        inside = most + (codes if setup.precision == "fp8" else 0)
+        inside = max(inside, _at_attention(b), _at_the_end(b, second) - kept)
     else:
+        inside += b.w * setup.lora_rank * shape.hidden_size * (kind == "selective")  # the gradient of down's B
         inside = max(inside, _at_adapted_product(b), _at_adapted_attention(b), gradient_bytes(shape, setup, second))
-    inputs = {"none": 0, "full": -1, "offload": 1}[kind] * b.w * n * shape.hidden_size  # fetched: the next one's
-    return inside + (kept + inputs) * (kind != "none")
+    if kind in ("none", "selective"):
+        return inside
+    return inside + kept + {"full": -1, "offload": 1}[kind] * b.w * n * shape.hidden_size  # fetched: the next one's
 
 
 def _at_adapted_product(b: Blocks) -> int:
-    """At the product before the gated one's gradient: that, and the matrix dequantized, or its codes turned."""
+    """At the product before the gated one's gradient: that, and the matrix dequantized, or its codes turned; selective,
+    what was made again before: adapters' parts of gate and up, and the product for down's."""
     m = max(b.shape.mlp_matrices, key=lambda matrix: matrix.weight)
     matrix = {"qlora": b.w * m.weight}.get(b.setup.method, m.weight if b.setup.precision == "fp8" else 0)
-    return matrix + b.w * b.n * b.shape.intermediate_size
+    names = {m.name for m in b.shape.adapted(b.setup.lora_targets)}
+    again = len(names & {"gate_proj", "up_proj", "down_proj"}) * (b.setup.checkpointing == "selective")
+    return matrix + b.w * b.n * b.shape.intermediate_size * (1 + again)
 
 
 def _at_adapted_attention(b: Blocks) -> int:
@@ -295,12 +300,12 @@ def _at_adapted_attention(b: Blocks) -> int:
 
 def _at_attention(b: Blocks) -> int:
     """At attention's kernel, trained whole: gradients of the MLP's parameters, which all come out at the end; four of
-    hidden size, the layer's output's among them (held by torch 2.11, as above) and in FP8 one turned, that of
-    attention's output and its own three results; gate and up are gone."""
+    hidden size, the layer's output's among them (held by torch 2.11, as above) and in FP8 one turned,
+    and codes of o's matrix; that of attention's output and its own three results; gate and up are gone."""
     shape = b.shape
     gone = (1 + shape.gated) * shape.intermediate_size
     here = 4 * shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - gone
-    turned = b.n * shape.hidden_size * (b.setup.precision == "fp8")
+    turned = (shape.hidden_size * (b.n + shape.query_size) + 4 * b.n) * (b.setup.precision == "fp8")
     return b.w * (b.n * here + sum(m.weight for m in shape.mlp_matrices)) + turned + attention_scratch(b)
 
 
@@ -331,6 +336,13 @@ def _after_experts(b: Blocks, gradients: int) -> int:
     own = n * (8 * h + attention) + attention_scratch(b)
     ends = max(3 * down - 2 * k * h * n, gradients - (2 * k * h + attention) * n)
     return max(own + 6 * k * e * n, down + k * (6 * e - 2 * h) * n, own + 3 * down - k * (4 * e + 2 * h) * n, ends)
+
+
+def _at_the_end(b: Blocks, second: bool) -> int:
+    """Trained whole, all parameters' gradients, of nothing that was kept but the input as the products read it: it, the
+    gradients of the layer's output and input, and those of q, k and v."""
+    here = 3 * b.shape.hidden_size + b.shape.query_size + 2 * b.shape.key_value_size
+    return b.w * b.n * here + gradient_bytes(b.shape, b.setup, second)
 
 
 def _layer(b: Blocks, weights: Weights, second: bool, positions: Storage) -> Callable[[Tensor], Tensor]:

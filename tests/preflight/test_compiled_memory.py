@@ -30,6 +30,20 @@ GEMMA_4 = {
     "model_type": "gemma4_text", "num_attention_heads": 4, "num_key_value_heads": 2, "num_global_key_value_heads": 1,
     "hidden_size_per_layer_input": 0, "sliding_window": 512,
 }
+LLAMA = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False, "vocab_size": 2000,
+}
+SMALLER = {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16}
+QWEN3_17B = {**SMALLER, "model_type": "qwen3"}
+QWEN3_06B = {**QWEN3_17B, "hidden_size": 1024, "intermediate_size": 3072}
+GEMMA3_4B = {
+    "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024, "hidden_activation": "gelu_pytorch_tanh",
+}
+GEMMA3_1B = {
+    **GEMMA3_4B, "hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1,
+}
 SIZES = {
     "llama": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128},
     "qwen2": {"num_attention_heads": 16, "num_key_value_heads": 4},
@@ -192,11 +206,61 @@ def test_compiled_layers_are_counted_with_less_and_recomputed_ones_as_before() -
     for compiled_, kept in ((True, 94_568), (False, 184_680)):
         peaks = [training_step(replace(shape, layers=n), replace(setup(), compiled=compiled_)).peak for n in (12, 32)]
         assert peaks[1] - peaks[0] == 20 * 2048 * kept
-    for kind in ("selective", "full"):  # all but the loss, whose logits are in one buffer
-        same = [
-            training_step(shape, replace(setup(), compiled=each, checkpointing=kind)).peak for each in (True, False)
-        ]
-        assert 0 < same[1] - same[0] < 1024 * 128_256 * 8
+    same = [training_step(shape, replace(setup(), compiled=each, checkpointing="full")).peak for each in (True, False)]
+    assert 0 < same[1] - same[0] < 1024 * 128_256 * 8  # all but the loss, whose logits are in one buffer
+
+
+SELECTIVE = {"checkpointing": "selective", "sequence_length": 4608}
+
+
+@pytest.mark.parametrize(
+    ("changes", "changed", "megabytes"),
+    [({}, {"method": "full"}, 1892.17), ({}, {"method": "full", "precision": "fp8"}, 1844.98), ({}, {}, 2140.16),
+     ({}, {"precision": "fp8"}, 2441.94), ({}, {"method": "qlora", "sequence_length": 528}, 317.37),
+     ({}, {"sequence_length": 528}, 245.34), (QWEN3_17B, {"method": "full"}, 879.70),
+     (QWEN3_06B, {"method": "full"}, 527.20), (QWEN3_06B, {}, 582.04), (QWEN3_06B, {"precision": "fp8"}, 648.18),
+     (GEMMA3_4B, {}, 1523.01), (GEMMA3_1B, {"precision": "fp8"}, 1023.91), (GEMMA3_1B, {"method": "full"}, 823.55)],
+)
+def test_selective_layers_have_what_their_generated_code_has(changes: dict, changed: dict, megabytes: float) -> None:
+    """What three layers and a loss of 2000 words allocate by inductor's code for an H100 (2026-12-01, torch 2.11 and
+    2.13). Above it are short rows, wide attention, and whole layers' FP8 at attention's kernel."""
+    shape = from_config({**LLAMA, "num_hidden_layers": 3, "vocab_size": 2000, **changes}, "x")
+    peak = training_step(shape, replace(setup(), **{**SELECTIVE, **changed})).peak / 1e6
+    ample = 1.05 if "sequence_length" in changed or changed.get("method") == "full" else 1.002
+    assert 0.9995 * megabytes <= peak <= ample * megabytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "changed", "found"),
+    [({}, {"lora_targets": QV}, 36_864), ({}, {"lora_targets": ("gate_proj",)}, 49_152),
+     ({}, {"lora_targets": ("up_proj",)}, 36_864), ({}, {"lora_targets": ("gate_proj", "down_proj")}, 61_454),
+     ({}, {"lora_targets": ("up_proj", "down_proj")}, 61_454), ({}, {"lora_targets": ("down_proj",)}, 49_166),
+     ({}, {"precision": "fp8", "lora_targets": QV}, 73_742),
+     ({}, {"precision": "fp8", "lora_targets": ("gate_proj",)}, 65_550),
+     ({}, {"precision": "fp8", "lora_targets": ("gate_proj", "up_proj")}, 77_838),
+     ({}, {"precision": "fp8", "lora_targets": ("down_proj",)}, 98_332),
+     ({}, {"precision": "fp8", "lora_targets": ("gate_proj", "down_proj")}, 90_140),
+     (GEMMA3_1B, {"lora_targets": ("up_proj",)}, 52_992),
+     (GEMMA3_1B, {"lora_targets": ("gate_proj", "up_proj")}, 66_816),
+     (GEMMA3_1B, {"precision": "fp8", "lora_targets": QV}, 71_448),
+     (GEMMA3_1B, {"precision": "fp8", "lora_targets": ("down_proj",)}, 85_296),
+     (GEMMA3_1B, {"precision": "fp8", "lora_targets": ("gate_proj", "down_proj")}, 112_928),
+     (GEMMA3_1B, {"precision": "fp8", "lora_targets": ("gate_proj",)}, 76_632)],
+)
+def test_a_selective_layer_makes_again_what_its_adapters_need(changes: dict, changed: dict, found: int) -> None:
+    """Bytes of a token at once in its backward code for an H100, of 4,608 tokens (torch 2.11)."""
+    shape = from_config({**LLAMA, **SMALLER, "num_hidden_layers": 2, **changes}, "x")
+    inside = in_backward_bytes(shape, replace(setup(), checkpointing="selective", **changed))
+    assert 0.999 * found <= inside <= 1.03 * found
+
+
+def test_selective_layers_that_were_not_looked_at_are_counted_as_if_eager() -> None:
+    job = replace(setup(), checkpointing="selective")
+    for family in ("arcee", "phi3", "olmo2", "granite", "mixtral", "gemma"):
+        assert kept_bytes(from_config(config(family, 2), "x"), job) is None
+    llama = from_config(config("llama", 2), "x")
+    assert kept_bytes(llama, job) == kept_bytes(llama, setup()) - 2 * 4
+    assert kept_bytes(llama, replace(job, dora=True)) is None is kept_bytes(llama, replace(job, lora_dropout=0.1))
 
 
 def test_what_layers_keep_too_much_of_is_in_use_in_their_own_backward_pass_alone() -> None:
@@ -233,7 +297,7 @@ def test_layers_trained_whole_have_what_their_code_has(precision: str, products:
     shape = find_shape(ModelConfig(name="meta-llama/Llama-3.2-1B"))
     job = replace(setup("full"), precision=precision, sequence_length=32768, in_backward=in_backward)
     at = training_step(shape, job).phases["layers"]
-    codes = (8192 + job.tokens) * 2048 * (precision == "fp8")  # of a matrix, and of the output's gradient, turned
+    codes = job.tokens * 2048 * (precision == "fp8")  # of the output's gradient, turned
     beside = 2 * 128256 * 2048 + job.tokens * (8 + 2 * 2 * 64)  # the head's; positions, and cos and sin
     layers = (16 * kept_bytes(shape, job) + products * 8192 + 2 * 2048) * job.tokens
     assert sum(at.values()) == pytest.approx(layers + codes + beside, rel=1e-4)
@@ -444,7 +508,7 @@ def test_a_layer_that_is_trained_whole_gives_no_gradient_before_it_has_all() -> 
     shape = find_shape(ModelConfig(name="meta-llama/Llama-2-7b-hf"))
     job = replace(setup("full"), sequence_length=512, gradient_accumulation_steps=2)
     at = training_step(shape, job).phases["layers"]
-    assert sum(at.values()) >= 32 * kept_bytes(shape, job) * 512 + 2 * shape.layer_parameters(False)
+    assert sum(at.values()) >= 31 * kept_bytes(shape, job) * 512 + 2 * shape.layer_parameters(False)
 
 
 def test_kinds_of_layers_that_were_not_looked_at_are_counted_as_if_eager() -> None:
