@@ -34,7 +34,7 @@ Line = tuple[str, str, str]
 
 class Played(gpu_code.Generated):
     def __init__(self, recorder: Recorder):
-        super().__init__()
+        super().__init__("assemble")
         self.recorder = recorder
         self.passed: set[int] = set()
         """Storages that hold what compiled code returned."""
