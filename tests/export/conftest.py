@@ -1,4 +1,4 @@
-"""A Llama small enough to export in seconds, with a part of the real tokenizer, an adapter, and a run around both."""
+"""A Llama small enough to export in seconds, with the real tokenizer, an adapter on it, and a run around both."""
 
 from __future__ import annotations
 
@@ -11,17 +11,9 @@ import pytest
 from tiny_models import save_adapter, save_tiny_llama
 
 from loadmaster.config.schema import DataConfig, EvaluationConfig, ExportConfig, Job, ModelConfig
-from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.preflight.plan import HardwareSummary, MemoryGib, ModelSummary, PhasesGib, Plan
-from tests.conftest import FEW_WORDS
 
 NAMES = ("Grace", "Noah", "Ava", "Liam", "Emma", "Ben", "Ivy", "Max", "Zoe", "Leo", "Mia", "Sam")
-
-
-@pytest.fixture(scope="session")
-def tokenizer(few_words):
-    """Of 4,096 tokens: the vocabulary is most of what so small a model computes."""
-    return load_tokenizer(few_words)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +28,7 @@ def tiny_adapter(tmp_path_factory, tiny) -> Path:
 
 def make_plan(method: str = "lora") -> Plan:
     return Plan(
-        fits=True, model=ModelSummary("tiny", 3_000_000, 10_000, 2, 64, FEW_WORDS, "llama"),
+        fits=True, model=ModelSummary("tiny", 3_000_000, 10_000, 2, 64, 49152, "llama"),
         hardware=HardwareSummary("cpu", 1, 1, 8.0, 8.0), method=method, precision="fp32", sharding="none",
         offload="none", activation_checkpointing="none", optimizer="adamw", master_weights=False, micro_batch_size=1,
         gradient_accumulation_steps=1, sequence_length=128, memory_gib=MemoryGib(*[0.0] * 9),

@@ -60,7 +60,7 @@ class Proof:
         adapter = run.folder / "adapter"
         told = verify.spec(
             base=run.base, trained=adapter, precision="fp32", frozen=None, device="cpu",
-            rows=verify.held_out_rows(run.prepared.validation, 4, len(run.tokenizer)),
+            rows=verify.held_out_rows(run.prepared.validation, 4, 49152),
             conversations=list(run.prepared.validation_conversations), evaluation=run.job.evaluation, formats={},
         )
         self.verification = Verification(told, {})

@@ -37,7 +37,7 @@ def test_shrinking_keeps_the_diagonal():
 
 def test_gptq_quantizes_behind_the_shrunk_hessian(tiny, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    rows = torch.randint(3, 4_000, (30, 100)).tolist()
+    rows = torch.randint(3, 40_000, (30, 100)).tolist()
     made = {}
     for share in (quantize.SHRINKAGE, 0.0):
         monkeypatch.setattr(quantize, "SHRINKAGE", share)
@@ -53,7 +53,7 @@ def test_gptq_quantizes_behind_the_shrunk_hessian(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("candidate", ["int4-gptq", "int4-awq", "nvfp4"])
 def test_it_is_said_how_many_layers_are_quantized(candidate, tiny, tmp_path, monkeypatch, capsys):
-    rows = torch.randint(3, 4_000, (4, 30)).tolist()
+    rows = torch.randint(3, 40_000, (4, 30)).tolist()
     for every, layers in ((0.0, (1, 2)), (quantize.EVERY_S, ())):  # not each, where they take no time
         monkeypatch.setattr(quantize, "EVERY_S", every)
         calibrate(tiny, candidate, tmp_path / str(every), rows)

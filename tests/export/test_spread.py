@@ -29,7 +29,6 @@ from loadmaster.models.load import load_base, load_trained
 from loadmaster.models.shards import empty_model
 from loadmaster.models.spread import NoRoom, Spread, device_map, is_spread, sizes, where_they_lie
 from loadmaster.preflight.placement import Placement, Room, place
-from tests.conftest import FEW_WORDS
 
 GIB = 2**30
 IDS = np.arange(300, 340)
@@ -45,7 +44,7 @@ def told(run: Run, scratch: Path | None, **changes) -> dict:
     return verify.spec(
         **{
             "base": run.base, "trained": run.folder / "adapter", "precision": "fp32", "frozen": None, "device": "cpu",
-            "rows": verify.held_out_rows(run.prepared.validation, 4, len(run.tokenizer)),
+            "rows": verify.held_out_rows(run.prepared.validation, 4, 49152),
             "conversations": list(run.prepared.validation_conversations), "evaluation": run.job.evaluation,
             "formats": {}, "scratch": scratch, **changes,
         }
@@ -126,7 +125,7 @@ def test_layers_stay_where_one_device_holds_them(tiny, tmp_path):
 
 def test_what_fits_nowhere_is_refused_before_a_weight_is_read(tiny, tmp_path):
     with pytest.raises(NoRoom, match=r"needs 0\.0 GiB for embeddings, head .*larger or more GPUs"):
-        load_export(tiny, Spread(Room((1e5,)), "cpu", tmp_path))
+        load_export(tiny, Spread(Room((1e6,)), "cpu", tmp_path))
     layers, rest = sizes(empty_model(tiny, torch.bfloat16, "nf4"))
     less = Spread(Room((rest + 1.5 * max(layers),)), "cpu", tmp_path)
     with pytest.raises(NoRoom, match="weights held as nf4 do not go to disk"):
@@ -142,7 +141,7 @@ def test_several_gpus_get_layers_and_the_first_all_that_is_outside_them(tiny):
     }
     layers, rest = sizes(model)
     width = 64 * (64 + 2 * 32 + 64) + 3 * 64 * 192 + 2 * 64
-    assert layers == [2.0 * width] * 2 and rest == 2 * (FEW_WORDS * 64 + 64) + 4 * 32  # rotary frequencies, twice
+    assert layers == [2.0 * width] * 2 and rest == 2 * (49152 * 64 + 64) + 4 * 32  # rotary frequencies, twice
 
 
 def test_a_model_without_a_list_of_layers_goes_to_one_device_or_nowhere():

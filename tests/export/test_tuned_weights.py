@@ -55,7 +55,7 @@ def write_all(base: Path, merged_from: Path, root: Path, tokenizer) -> dict[str,
         write_config(base, root / name, True, NEWEST, config)
         write_tokenizer(tokenizer, root / name, NEWEST)
     torch.manual_seed(0)
-    rows = torch.randint(3, len(tokenizer), (8, 50)).tolist()
+    rows = torch.randint(3, 40_000, (8, 50)).tolist()
     for name in ("int4-gptq", "nvfp4"):
         calibrate(root / "bf16", name, root / name, rows)
     export_gguf(root / "bf16", root / "gguf", "tiny", "q8_0", stop_token_ids(tokenizer), str(root / "gguf-read"))
@@ -96,8 +96,8 @@ def weak(tmp_path_factory, tokenizer):
     }
     told = verify.spec(
         base=base, trained=adapter, precision="fp32", frozen=None, device="cpu",
-        rows=verify.held_out_rows(run.prepared.validation, 4, len(tokenizer)), conversations=[],
-        evaluation=run.job.evaluation, formats={},
+        rows=verify.held_out_rows(run.prepared.validation, 4, 49152), conversations=[], evaluation=run.job.evaluation,
+        formats={},
     )
     every = {name: [Candidate(variant, str(folders[variant][name])) for variant in folders] for name in MADE_BY}
     verification = Verification(told, every)

@@ -191,6 +191,6 @@ def test_an_embedding_in_few_bits_is_held_to_the_trained_one(model, tiny):
     other = load_export(tiny, "cpu")
     assert live_checks.quantized_weights(other, sketches, 0.2) == []
     with torch.no_grad():
-        other.model.embed_tokens.weight[3300:] = 0
+        other.model.embed_tokens.weight[40000:] = 0
     (said,) = live_checks.quantized_weights(other, sketches, 0.2)
     assert said.startswith("2 matrices are further than 20% from the trained ones") and "embed_tokens" in said
