@@ -190,7 +190,8 @@ def _selective_inside(shape: ModelShape, setup: Setup, names: set[str]) -> int:
     In bf16 gate's part, and up's where a GELU or a product made again for down's adapter reads it, and for that both
     parts of its gradient, too. In FP8 the same beside codes, the gradient in fp32 (a GELU's always), and the MLP's
     input where gate or up is adapted; a norm after the MLP has its input made again. Beside a GELU's gate, where down
-    is as it is, gradients of hidden size, and the gate's codes. Read off as above, 2.11 and 2.13 alike."""
+    is as it is, gradients of hidden size, and the gate's codes. Read off 2.11's code, some of it off 2.13's too;
+    the last of a GELU's, in FP8, off one shape (Gemma 3 1B)."""
     gate, up, down = (name in names for name in ("gate_proj", "up_proj", "down_proj"))
     f, h = shape.intermediate_size, shape.hidden_size
     if setup.precision == "bf16":
