@@ -113,13 +113,15 @@ def test_a_batch_that_does_not_divide_is_shown_with_one_that_does_and_those_word
 
 
 def test_what_is_refused_whatever_its_memory_shows_no_memory(capsys, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
     for word in ("precision=fp32", "sharding=ddp"):
+        folder = tmp_path / word
+        folder.mkdir()
+        monkeypatch.chdir(folder)
         assert main(["plan", *ASKED, word]) == 3
         told = capsys.readouterr()
         assert "cannot run as asked" in told.out and "would fit: " in told.out and "peaks in GiB" not in told.out
         assert "; what would fit is in " in told.err and "nearest" not in told.err
-        report = next(tmp_path.rglob("report.html")).read_text()
+        (report,) = (path.read_text() for path in folder.rglob("report.html"))
         assert f"<b>It cannot run as asked</b>: {word}" in report and "came nearest; what" not in report
     assert main(["plan", *ASKED[:2], "--compare", "hardware.count=1,6"]) == 0
     one, six = capsys.readouterr().out.splitlines()[1:3]
