@@ -93,24 +93,28 @@ class Played(gpu_code.Generated):
                     shared.remove(held)
         kept.clear()
         given.clear()
+        passed = set()
         for name, tensor in zip(results, outputs, strict=True):
             held = owned.get(name)
             if isinstance(tensor, torch.Tensor) and isinstance(held, tuple) and held[1] is not None:
                 storage = tensor.untyped_storage()
                 key = storage._cdata
+                # Two results may be views of one buffer: products of one input that the compiler made one of.
                 if key not in recorder.numbers:
                     recorder.numbers[key] = held[1]
                     self.passed.add(key)
                     weakref.finalize(storage, self._gone, key, held[1])
-                    owned[name] = ("made", None)
+                passed.add(held[1])
         for held in owned.values():  # what nobody was given
-            if isinstance(held, tuple) and held[1] is not None:
+            if isinstance(held, tuple) and held[1] is not None and held[1] not in passed:
                 recorder.let_go(held[1])
         return outputs
 
     def _drop(self, key: int) -> None:
         self.passed.discard(key)
-        self.recorder.let_go(self.recorder.numbers.pop(key))
+        number = self.recorder.numbers.pop(key)
+        if number not in self.recorder.numbers.values():
+            self.recorder.let_go(number)
 
     def _gone(self, key: int, number: int) -> None:
         if self.recorder.numbers.get(key) == number:
