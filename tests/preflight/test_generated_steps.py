@@ -17,6 +17,7 @@ CASES = [  # with how far above the code a count may be: a layer's backward pass
     ({"model": QWEN, "method": "lora", "dora": True}, 0.02),
     ({"model": "microsoft/Phi-3-mini-4k-instruct", "method": "full", "precision": "fp8"}, 0.05),
     ({"model": "mistralai/Mixtral-8x7B-v0.1", "method": "lora", "lora_targets": ["q_proj", "v_proj"]}, 0.02),
+    ({"model": "google/gemma-3-1b-pt", "method": "full"}, 0.001),  # k and v: one product, one buffer, two results
 ]
 
 
