@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from pathlib import Path
 
 LINE_OF_TEXT = 'one JSON object {"text": ...} a line (or a document), as .jsonl'
@@ -83,5 +84,5 @@ def _wide(head: bytes) -> tuple[str, str]:
 
 def _is_header(line: str) -> bool:
     """Whether a line names columns of a CSV file, one at least as rows are named."""
-    names = {name.strip(' "\r') for name in line.split(",")}
-    return "," in line and not line.startswith(("{", "[")) and bool(ROW_FIELDS & names)
+    names = {name.strip(' "\r') for name in re.split("[,;\t]", line)}
+    return len(names) > 1 and not line.startswith(("{", "[")) and bool(ROW_FIELDS & names)

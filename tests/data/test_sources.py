@@ -163,6 +163,8 @@ LINE = b'{"text": "a"}\n'
         ("rows.jsonl", b'{\n  "text": "a"\n}\n', "holds JSON objects over several lines", "jq -c ."),
         ("rows.jsonl", b"id,text\n1,a\n", "is CSV", "name it .csv"),
         ("rows.parquet", b"id,text\n1,a\n", "is CSV", "name it .csv"),
+        ("rows.json", b"prompt;completion\r\na;b\r\n", "is CSV", "name it .csv"),
+        ("rows.jsonl", b"prompt\tcompletion\na\tb\n", "is CSV", "name it .csv"),
         ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS", "git lfs pull"),
         ("rows.json", b"<!DOCTYPE html>\n<html>", "is a web page", "fetch the file itself"),
         ("rows.jsonl", LINE.decode().encode("utf-16-le"), "is not UTF-8 text: it begins as UTF-16", "-f UTF-16LE"),
