@@ -220,12 +220,17 @@ def _unreadable(loader: ConfigLoaderImpl, argument: str, error: Exception) -> Pr
     reason = str(error).splitlines()[0]
     known = fields().get(key)
     itself = re.sub(r"(?<!\\)\$\{", r"\\${", value)  # or it would stand for another field's value
-    word = shlex.quote(f'{key}="{itself}"')
-    remedy = f"quote the value twice, once for the shell and once for Hydra: {word}"
+    remedy = _quoted_twice(key, itself)
     if known and "list" in describe(known.annotation) and value.startswith("[") and value.endswith("]"):
         items = ",".join(f"'{item.strip(_QUOTES)}'" for item in value[1:-1].split(",") if item.strip())
         remedy = f'quote each entry, and all of it for the shell: "{key}=[{items}]"'
     return Problem(key, value, COMMAND_LINE, f"Hydra cannot read it: {reason}", remedy)
+
+
+def _quoted_twice(key: str, value: str) -> str:
+    for_hydra = value.replace('"', r"\"")
+    word = shlex.quote(f'{key}="{for_hydra}"')
+    return f"quote the value twice, once for the shell and once for Hydra: {word}"
 
 
 def as_recipe(given: str) -> str:
@@ -267,6 +272,9 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
         known = fields().get(key)
         a_list = f"{key}=[{value}] for a list, or " if known and "list" in describe(known.annotation) else ""
         remedy = f"{a_list}add --multirun for one run each"
+        if os.path.exists(local_path(value)):
+            return Problem(key, value, COMMAND_LINE, "is one file's name and reads as several values, for its comma",
+                           _quoted_twice(key, value))  # fmt: skip
         return Problem(key, value, COMMAND_LINE, "several values, but this is a single run", remedy)
     if override.is_sweep_override() and not override.is_discrete_sweep():
         message = "is a range to search in, and a sweep here runs every one of the values that are listed"

@@ -269,6 +269,15 @@ def test_one_mistake_is_one_problem_with_its_remedy(argument: str, key: str, mes
         assert problem.origin == CLI
 
 
+@pytest.mark.parametrize("name", ["a b,c.jsonl", "say \"a\" ü.jsonl", "it's.jsonl", 'of "a", \'b\'.jsonl'])
+def test_the_words_that_a_file_of_an_unusual_name_is_told_to_be_given_by_name_it(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("{}\n")
+    (problem,) = problems("data=file", f"data.path={name}")
+    (word,) = shlex.split(problem.remedy.partition("Hydra: ")[2])
+    assert compose(["data=file", word]).job.data.path == name
+
+
 def test_an_option_and_the_value_behind_it_are_one_problem():
     first, *others = problems("--lora-rank", "8", "--fast", "seed=x", "-n")
     assert (first.key, first.remedy) == ("--lora-rank 8", "fields are set without dashes: lora.rank=8")
