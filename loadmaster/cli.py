@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import signal
 import sys
 from contextlib import chdir
@@ -266,7 +267,7 @@ def _runs(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from loadmaster.export.manifest import exports_in, verify_manifest
+    from loadmaster.export.manifest import exports_in, gone_from, verify_manifest
 
     wrong = False
     for folder in exports_in(arguments.folder):
@@ -276,6 +277,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         if not problems:
             print(f"{folder}: every file is as the manifest says")
         wrong = wrong or bool(problems)
+    for name in gone_from(arguments.folder):
+        again = f"loadmaster export {shlex.quote(str(arguments.folder))} makes it again"
+        folder = arguments.folder / "export" / name
+        print(f"{folder}: the run exported it, and it is not there; {again}", file=sys.stderr)
+        wrong = True
     return 5 if wrong else 0
 
 

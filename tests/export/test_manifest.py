@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -172,6 +173,19 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_said_and_not_waited_for(ar
     make(artifact / name)
     assert main(["verify", str(artifact)]) == 5
     assert said in capsys.readouterr().err
+
+
+def test_loadmaster_verify_says_which_export_of_a_run_is_gone(artifact, tmp_path, capsys):
+    (run := tmp_path / "a run" / "export").mkdir(parents=True)
+    shutil.copytree(artifact, run / "int4")
+    (run.parent / "result.json").write_text('{"exports": {"bf16": {}, "int4": {}}}')
+    assert main(["verify", str(run.parent)]) == 5
+    captured = capsys.readouterr()
+    assert captured.out == f"{run / 'int4'}: every file is as the manifest says\n"
+    assert captured.err.startswith(f"{run / 'bf16'}: the run exported it, and it is not there; loadmaster export '")
+    for says_nothing_of_more in ('{"exports": {"int4": {}}}', '{"exports": null}', "[]", "{"):
+        (run.parent / "result.json").write_text(says_nothing_of_more)
+        assert main(["verify", str(run.parent)]) == 0
 
 
 def test_loadmaster_verify_names_the_file_with_a_flipped_bit_and_what_is_no_export(artifact, tmp_path, capsys):
