@@ -17,6 +17,8 @@ from rich.console import Console
 
 from loadmaster.cli import STAGE_HELP, _parser, main
 from loadmaster.config.compose import compose
+from loadmaster.data.reading import first_conversation
+from loadmaster.data.tokens import answers
 from loadmaster.dataset_size import dataset_tokens
 from loadmaster.preflight import make_plan, print_plan
 
@@ -362,6 +364,47 @@ def test_files_that_are_read_are_what_hours_are_planned_for(tmp_path) -> None:
     assert tokens() == both == 2 * 30 * 14 / 4.2
     elsewhere = compose(["data=file", "data.path=elsewhere.jsonl", "stop_after=plan"]).job
     assert dataset_tokens(elsewhere) is None
+
+
+def test_a_file_that_is_named_twice_is_planned_for_twice(tmp_path) -> None:
+    (file := tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 30)
+    once, twice = (compose(["data=file", f"data.path={paths}"]).job for paths in (file, f"[{file},{file}]"))
+    assert dataset_tokens(twice) == 2 * dataset_tokens(once)
+
+
+@pytest.mark.parametrize("words", [[], ["data.max_rows=5"], ["data.columns={prompt: q}"], ["data.format=messages"]])
+def test_rows_that_cannot_be_trained_on_are_planned_for_as_they_are(words, tmp_path) -> None:
+    lines = ("null", "[1]", "{", '{"messages": [{"role": 1}]}', '{"prompt": 1, "completion": null}',
+             '{"\\ud800": "\\ud800"}')
+    (file := tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert 1 <= dataset_tokens(compose(["data=file", f"data.path={file}", *words]).job) <= file.stat().st_size
+
+
+SHORT = {"prompt": "Where is my parcel?", "completion": "On its way to you."}
+JUDGED = {"prompt": "Where is my parcel, that should have been here on Monday? " * 5, "chosen": "On its way.",
+          "rejected": "Nowhere."}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "name", "words"), [
+    (SHORT, "rows.csv", []), (SHORT, "rows.jsonl", []), (SHORT, "rows.json", []),
+    (SHORT, "rows.csv", ["data.system='" + "Answer in the words of the house. " * 20 + "'"]),
+    (SHORT, "rows.csv", ["data.max_rows=1000"]),
+    (JUDGED, "rows.jsonl", ["objective=dpo"]),
+    ({"Asked": SHORT["prompt"], "Said": SHORT["completion"]}, "rows.csv",
+     ["data.columns={prompt: Asked, completion: Said}"]),
+    ({"messages": [{"role": role, "content": "A word or two about this. " * 20} for role in ("user", "assistant")]},
+     "rows.jsonl", []),
+])  # fmt: skip
+def test_what_templates_and_pairs_add_is_planned_for(row, name, words, tmp_path, tokenizer) -> None:
+    rows, file = [row] * 1000, tmp_path / name
+    if file.suffix == ".csv":
+        Dataset.from_list(rows).to_csv(str(file))
+    else:
+        lines = "".join(json.dumps(each) + "\n" for each in rows)
+        file.write_text(json.dumps(rows) if file.suffix == ".json" else lines)
+    job = compose(["data=file", f"data.path={file}", "data.validation=null", *words]).job
+    texts = [tokenizer.apply_chat_template(each.messages, tokenize=False) for each in answers(first_conversation(job))]
+    assert dataset_tokens(job) == pytest.approx(1000 * sum(len(ids) for ids in tokenizer(texts).input_ids), rel=0.25)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
