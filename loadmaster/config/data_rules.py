@@ -29,6 +29,8 @@ def data_files_exist(job: Job, origins: Origins) -> Found:
         elif os.path.exists(place) and not (place.is_file() or place.is_dir()):
             message = f"is {'a pipe' if place.is_fifo() else 'no regular file'}, and data are read more than once"
             yield key, path, message, f"write it to a file first: COMMAND > rows.jsonl, and {key}=rows.jsonl"
+        elif job.stop_after != "plan" and os.path.islink(place) and not os.path.exists(place):
+            yield key, path, f"is a link to {os.readlink(place)}, which is not there", "mend the link, or name the file"
         elif job.stop_after != "plan" and _is_file_name(path) and not os.path.exists(place):
             here = "" if place.is_absolute() else f" here ({place.absolute()})"
             yield key, path, f"there is no such file{here}", _file_hint(key, path)

@@ -449,6 +449,15 @@ def test_a_file_of_any_name_is_given_as_it_is(name: str, tmp_path: Path, monkeyp
     assert problem.key == "data.path" and problem.message.startswith("there is no such file here")
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows"])
+def test_a_link_to_what_is_not_there_is_said_to_be_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    (tmp_path / name).symlink_to("moved/away.jsonl")
+    (problem,) = problems("data=file", f"data.path={name}")
+    assert problem.message == "is a link to moved/away.jsonl, which is not there"
+
+
 def test_a_part_of_a_split_needs_no_quotes_but_the_shells():
     assert compose(["data=file", "data.path=a/b", "data.split=train[:20%]"]).job.data.split == "train[:20%]"
 
