@@ -16,7 +16,7 @@ from loadmaster.preflight.elsewhere import elsewhere
 from loadmaster.preflight.explain import basis, reasons, refused, rejection, runner_up
 from loadmaster.preflight.exports import counts_exports, refuse_unholdable
 from loadmaster.preflight.hardware import GIB, OWN_PRICE, Hardware, find_hardware
-from loadmaster.preflight.hours import run_hours, run_usd
+from loadmaster.preflight.hours import run_hours, run_usd, steps
 from loadmaster.preflight.phases import components_gib, phase_bytes, phases_gib
 from loadmaster.preflight.plan import HardwareSummary, ModelSummary, Plan, rounded
 from loadmaster.preflight.refusals import with_a_batch_that_divides
@@ -115,6 +115,7 @@ def _plan(job: Job, chosen: Candidate, found: Found, dataset_tokens: int | None)
         disk_gib=round((disk_bytes(job, shape, setup) + verification.disk_bytes) / GIB, 2),
         tokens_per_second=rounded(speed, 1),
         hours=rounded(hours, 4),
+        steps=steps(job, dataset_tokens),
         cost_usd=run_usd(hours, hardware.usd_per_hour),
         reasons=why,
         rejected=rejected + [refusal.row() for refusal in found.refusals],

@@ -153,6 +153,9 @@ class Plan:
     """Where the export's verification puts the largest model (loadmaster.preflight.verification): `fits`, `layers` on
     each GPU, in host memory and on disk, what is needed besides weights, what is moved, and whether that
     is `in_hours`: a job that ends before has none, nor has a CPU."""
+    steps: int | None = None
+    """Of the optimizer, which hours and dollars are of: max_steps, or an estimate by the size of the data; None where
+    neither is known."""
     planned_with: str | None = None
     """Of a batch that does not divide over the GPUs: with which one all these figures are (`batch.global_size=18`)."""
     schema: int = SCHEMA

@@ -14,10 +14,13 @@ from typing import Any
 
 from loadmaster.preflight.hardware import GIB
 from loadmaster.preflight.plan import Plan
+from loadmaster.words import counted
 
 FAR = 0.05
 """Share of the measured peak from which on a prediction is said to be off."""
 MASTER_BYTES = 4
+STEPS_FAR = 0.25
+"""Share of the run's steps from which on the plan's are said to be off: it knows the data's size alone."""
 
 
 @dataclass(frozen=True)
@@ -87,3 +90,11 @@ def sentence(found: dict[str, Any] | None) -> str | None:
         f"{row['measured_gib']:.2f} measured); most of it in {part}: {off['predicted_gib']:.2f} GiB predicted, "
         f"{off['measured_gib']:.2f} measured"
     )
+
+
+def sentence_of_steps(plan: Plan, steps: int) -> str | None:
+    """The same of its steps, which are known when the data are tokenised."""
+    if plan.steps is None or abs(plan.steps / steps - 1) < STEPS_FAR:
+        return None
+    figures = "" if plan.hours is None else ", and its hours and dollars are those of training for so many"
+    return f"the data make {counted(steps, 'step')}; the plan expected about {plan.steps:,} by their size{figures}"

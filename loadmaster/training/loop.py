@@ -23,6 +23,7 @@ from loadmaster.models.compiled import CompileCache, cache_counts, graphs_compil
 from loadmaster.models.forward import causal_lm
 from loadmaster.models.rotary import refuse_dynamic
 from loadmaster.preflight.plan import Plan
+from loadmaster.preflight.prediction import sentence_of_steps
 from loadmaster.training.batches import longest_stretch, losses, trained_tokens
 from loadmaster.training.checkpoint import Checkpoints
 from loadmaster.training.checkpoint_folders import best_whole, clear, newest_whole
@@ -102,6 +103,8 @@ def train(
         asked = asked_once(job, plan.method)
         reference = Reference(run_dir, job_hash, prepared, world, job.objective) if asked else None
         training = Training(session, prepared, run_dir, job_hash, held_out, stop, display, watch, start)
+        if said := sentence_of_steps(plan, training.steps):
+            display.echo(f"note: {said}")
         training.stop_if(training.stopping(), "before the first step")
         if world.lead:
             clear(training.folder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from loadmaster.config.schema import BatchConfig, HardwareConfig, Job, ModelConfig
 from loadmaster.preflight import make_plan
-from loadmaster.preflight.prediction import Measured, held_against, sentence
+from loadmaster.preflight.prediction import Measured, held_against, sentence, sentence_of_steps
 
 JOB = Job(
     model=ModelConfig(name="meta-llama/Llama-3.1-8B"), method="lora", micro_batch_size=2,
@@ -52,3 +54,20 @@ def test_one_that_is_more_than_five_per_cent_off_is_told_with_its_part(extra: di
 def test_nothing_is_held_against_a_cpu() -> None:
     on_cpu = make_plan(Job(model=JOB.model, method="lora", hardware=HardwareConfig(gpu="cpu")))
     assert held_against(on_cpu, measured()) is None and sentence(None) is None
+
+
+def test_steps_that_the_data_make_are_told_where_the_plan_expected_far_more_or_fewer() -> None:
+    for_hours = make_plan(JOB, dataset_tokens=60 * 4 * JOB.sequence_length)
+    assert for_hours.steps == 60 * JOB.epochs and for_hours.hours
+    plan = replace(for_hours, steps=60)
+    assert sentence_of_steps(plan, 48) == (
+        "the data make 48 steps; the plan expected about 60 by their size, and its hours and dollars are those of "
+        "training for so many"
+    )
+    assert sentence_of_steps(replace(plan, hours=None), 90) == (
+        "the data make 90 steps; the plan expected about 60 by their size"
+    )
+    for near in (49, 60, 79):
+        assert sentence_of_steps(plan, near) is None
+    assert PLAN.steps is None and sentence_of_steps(PLAN, 90) is None
+    assert make_plan(replace(JOB, max_steps=7)).steps == 7

@@ -461,7 +461,9 @@ def test_the_weights_with_the_lowest_held_out_loss_are_taken_also_of_a_run_that_
     assert outcome.taken_step == 6 and outcome.eval_loss == 2.0
     assert all(map(torch.equal, [p for _, p in session.trained], at[2]))
     log, best = io.StringIO(), replace(JOB, checkpoint=replace(JOB.checkpoint, load_best=True))
-    session, outcome = run(tiny, tmp_path, job=best, held_out=None, console=Console(file=log, width=200))
+    planned, console = replace(PLAN, steps=60), Console(file=log, width=200)
+    session, outcome = run(tiny, tmp_path, job=best, plan=planned, held_out=None, console=console)
+    assert "note: the data make 6 steps; the plan expected about 60 by their size" in log.getvalue()
     assert (outcome.taken_step, outcome.steps, outcome.resumed_after, outcome.eval_loss) == (4, 6, 6, 1.0)
     assert all(map(torch.equal, [p for _, p in session.trained], at[1]))
     assert "step 4 of 6 has the lowest held-out loss, 1.0000: its weights are taken" in log.getvalue()
