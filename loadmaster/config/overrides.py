@@ -74,6 +74,7 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
     """Sort `arguments` into what Hydra can compose and what is wrong with the rest."""
     result = Overrides(arguments=arguments)
     parser = OverridesParser.create(config_loader=loader)
+    offered = not {"-m", "--multirun"} & set(arguments)  # a command that has it does not pass it on
     for argument in _with_their_values(arguments):
         try:
             override = parser.parse_override(_quoted(argument))
@@ -84,7 +85,7 @@ def read_overrides(loader: ConfigLoaderImpl, arguments: list[str], multirun: boo
                 continue
             override = parser.parse_override(text)
         override.config_loader = loader
-        problem = _problem(loader, override, multirun)
+        problem = _problem(loader, override, multirun, offered)
         key = override.key_or_group
         if problem is not None:
             result.problems.append(problem)
@@ -261,7 +262,7 @@ def _nameless(argument: str) -> Problem:
     return Problem(argument, None, COMMAND_LINE, message, "write key=value, for example lora.rank=16")
 
 
-def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Problem | None:
+def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool, offered: bool) -> Problem | None:
     key, line = override.key_or_group, override.input_line or ""
     if override.is_hydra_override():
         return None
@@ -271,7 +272,7 @@ def _problem(loader: ConfigLoaderImpl, override: Override, multirun: bool) -> Pr
     if override.is_sweep_override() and not multirun:
         known = fields().get(key)
         a_list = f"{key}=[{value}] for a list, or " if known and "list" in describe(known.annotation) else ""
-        remedy = f"{a_list}add --multirun for one run each"
+        remedy = a_list + ("add --multirun for one run each" if offered else "give one of them here")
         if os.path.exists(local_path(value)):
             return Problem(key, value, COMMAND_LINE, "is one file's name and reads as several values, for its comma",
                            _quoted_twice(key, value))  # fmt: skip

@@ -282,6 +282,8 @@ def test_an_option_and_the_value_behind_it_are_one_problem():
     first, *others = problems("--lora-rank", "8", "--fast", "seed=x", "-n")
     assert (first.key, first.remedy) == ("--lora-rank 8", "fields are set without dashes: lora.rank=8")
     assert [problem.key for problem in others] == ["--fast", "seed", "-n"]
+    option, values = problems("--multirun", "seed=1,2")  # of a command that makes no runs
+    assert (option.remedy, values.remedy) == ("leave it out", "give one of them here")
 
 
 def test_a_configuration_of_another_tool_is_answered_line_by_line(here: Path):
