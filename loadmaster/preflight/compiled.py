@@ -83,7 +83,7 @@ def kept_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int | N
     else:
         kept += (4 if shape.gated else 2) * f
     if setup.dora:
-        scaled = ("q_proj", "k_proj") * (not shape.query_key_norm) + ("down_proj",) * (shape.norms == 2)
+        scaled = ("q_proj", "k_proj") * (not (shape.query_key_norm or selective)) + ("down_proj",) * (shape.norms == 2)
         kept += sum(2 * m.outputs for m in adapted if m.name in scaled)
         together = {"q_proj", "k_proj", "v_proj"} <= {m.name for m in adapted}
         kept += 4 * dq if together and shape.norms == 4 and shape.late_norm else 0
@@ -99,7 +99,7 @@ def _unseen(shape: ModelShape, setup: Setup) -> bool:
     norms = shape.norms_after or shape.whole_norm or shape.value_norm or shape.scaled_query or shape.scaled_residual
     between = shape.experts or shape.fused or not shape.gated or (shape.gelu and not shape.norm_places[3])
     biases = shape.output_bias or shape.mlp_bias
-    return bool(narrow or norms or between or biases or shape.keys_as_values or setup.lora_dropout or setup.dora)
+    return bool(narrow or norms or between or biases or shape.keys_as_values or setup.lora_dropout)
 
 
 def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int:
@@ -188,14 +188,19 @@ def _selective_inside(shape: ModelShape, setup: Setup, names: set[str]) -> int:
     reads it, and the adapter's part of it lies there.
 
     In bf16 gate's part, and up's where a GELU or a product made again for down's adapter reads it, and for that both
-    parts of its gradient, too. In FP8 the same beside codes, the gradient in fp32 (a GELU's always), and the MLP's
-    input where gate or up is adapted; a norm after the MLP has its input made again. Beside a GELU's gate, where down
-    is as it is, gradients of hidden size, and the gate's codes. Read off 2.11's code, some of it off 2.13's too;
-    the last of a GELU's, in FP8, off one shape (Gemma 3 1B)."""
+    parts of its gradient, too; under DoRA of gate and up what their magnitudes scale, and more where sums over tokens
+    are taken in two passes; with a norm after the MLP its input is gone, but not under DoRA. In FP8 the same beside
+    codes, the gradient in fp32 (a GELU's always), and the MLP's input where gate or up is adapted; a norm after the MLP
+    has its input made again. Beside a GELU's gate, where down is as it is, gradients of hidden size, and the gate's
+    codes. Read off 2.11's code, some of it off 2.13's too; the last of a GELU's, in FP8, off one shape (Gemma 3 1B)."""
     gate, up, down = (name in names for name in ("gate_proj", "up_proj", "down_proj"))
     f, h = shape.intermediate_size, shape.hidden_size
     if setup.precision == "bf16":
-        return (6 + 2 * (gate + down + (up and (down or shape.gelu)))) * f - 2 * h * shape.norm_places[3]
+        products = 6 + 2 * (gate + down + (up and (down or shape.gelu)))
+        if setup.dora:
+            passes = 2 * (gate and up) if shape.gelu else 4 * gate + 2 * up
+            products += 2 * (gate + up) + passes * (f < SPLIT)
+        return products * f - 2 * h * (shape.norm_places[3] and not setup.dora)
     if shape.gelu:
         products = 10 + 2 * down + 2 * (up and (down or not gate)) + 4 * (gate and down and not up)
         return products * f + (2 + (2 if up else 6) * (gate and not down)) * h

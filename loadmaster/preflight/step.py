@@ -265,9 +265,10 @@ def _in_backward(b: Blocks, second: bool, kind: str, kept: int) -> int:
         inside = max(inside + b.w * shape.hidden_size * shape.intermediate_size, _at_fused_attention(b))
         inside = max(inside, gradient_bytes(shape, setup, second))
     elif b.full:
-        inside = max(inside, _at_attention(b), _at_the_end(b, second) - kept)
+        inside = max(inside, _at_last_product(b), _at_attention(b), _at_the_end(b, second) - kept)
     else:
-        inside += b.w * setup.lora_rank * shape.hidden_size * (kind == "selective")  # the gradient of down's B
+        inside += b.w * setup.lora_rank * shape.hidden_size  # the gradient of down's B
+        inside += _dequantized_before(b)
         inside = max(inside, _at_adapted_product(b), _at_adapted_attention(b), gradient_bytes(shape, setup, second))
     if kind in ("none", "selective"):
         return inside
@@ -275,13 +276,29 @@ def _in_backward(b: Blocks, second: bool, kind: str, kept: int) -> int:
 
 
 def _at_adapted_product(b: Blocks) -> int:
-    """At the product before the gated one's gradient: that, and the matrix dequantized, or its codes turned; selective,
-    what was made again before: adapters' parts of gate and up, and the product for down's."""
-    m = max(b.shape.mlp_matrices, key=lambda matrix: matrix.weight)
-    matrix = {"qlora": b.w * m.weight}.get(b.setup.method, m.weight if b.setup.precision == "fp8" else 0)
-    names = {m.name for m in b.shape.adapted(b.setup.lora_targets)}
-    again = len(names & {"gate_proj", "up_proj", "down_proj"}) * (b.setup.checkpointing == "selective")
-    return matrix + b.w * b.n * b.shape.intermediate_size * (1 + again)
+    """At the product before the gated one's gradient: that, and the matrix dequantized, or its codes turned, beside
+    codes of the layer's gradient; selective, what was made again before: adapters' parts of gate and up, and the
+    product for down's. At the MLP's last product, where tokens are few: a matrix as well, the gradients of all of the
+    MLP's adapters, what is multiplied (in FP8 its codes), and three of hidden size; gate and up are gone."""
+    shape, setup, n = b.shape, b.setup, b.n
+    fp8, f = setup.precision == "fp8", shape.intermediate_size
+    m = max(shape.mlp_matrices, key=lambda matrix: matrix.weight)
+    matrix = {"qlora": b.w * m.weight}.get(setup.method, m.weight if fp8 else 0)
+    adapted = [m for m in shape.adapted(setup.lora_targets) if m in shape.mlp_matrices]
+    again = len(adapted) * (setup.checkpointing == "selective" and not shape.fused)
+    first = matrix + b.w * n * f * (1 + again) + n * shape.hidden_size * fp8
+    gradients = b.w * setup.lora_rank * sum(m.inputs + m.outputs for m in adapted)
+    read = (1 + shape.fused) * f // (1 + fp8) - (1 + shape.gated) * f
+    return max(first, matrix + gradients + b.w * n * (3 * shape.hidden_size + read))
+
+
+def _dequantized_before(b: Blocks) -> int:
+    """Over an nf4 base, where none of the MLP's matrices has an adapter, the one that its gradients are multiplied with
+    next is there before them; not where gate and up are one."""
+    adapted = b.shape.adapted(b.setup.lora_targets)
+    if b.setup.method != "qlora" or b.shape.fused or any(m in b.shape.mlp_matrices for m in adapted):
+        return 0
+    return b.w * max(m.weight for m in b.shape.mlp_matrices)
 
 
 def _at_adapted_attention(b: Blocks) -> int:
@@ -296,6 +313,15 @@ def _at_adapted_attention(b: Blocks) -> int:
     codes = shape.hidden_size * (5 * b.n + shape.query_size) * (b.setup.precision == "fp8")
     here = shape.hidden_size + 2 * shape.query_size + 2 * shape.key_value_size - gone
     return b.w * b.n * here + codes + attention_scratch(b)
+
+
+def _at_last_product(b: Blocks) -> int:
+    """At the last of the MLP's parameters' gradients, trained whole: all of them, what that is a product of, and four
+    of hidden size; where norms come after attention and MLP two besides, as sums in fp32 for these norms' weights, and
+    what they had kept is gone. gate and up are."""
+    shape = b.shape
+    here = (4 + 2 * shape.norm_places[3]) * shape.hidden_size - shape.gated * shape.intermediate_size
+    return b.w * (b.n * here + sum(m.weight for m in shape.mlp_matrices))
 
 
 def _at_attention(b: Blocks) -> int:

@@ -1,0 +1,55 @@
+"""Steps of three layers have no less than what code generated for an H100 allocates: `benchmarks/generated_steps.py`
+printed these (2026-12-01, torch 2.11's Python over 2.13's libraries), where a count was low before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loadmaster.config.schema import ModelConfig
+from loadmaster.preflight.config_json import find_config, from_config
+from loadmaster.preflight.setup import Setup
+from loadmaster.preflight.step import training_step
+
+QV = ("q_proj", "v_proj")
+ONE_B, EIGHT_B = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B"
+GEMMA_1B = "google/gemma-3-1b-pt"
+SELECTIVE = {"checkpointing": "selective", "dora": True, "lora_rank": 8}
+
+
+def counted(model: str, tokens: int, **changed: Any) -> float:
+    """MB."""
+    config, _ = find_config(ModelConfig(name=model))
+    config |= {"num_hidden_layers": 3, "vocab_size": 2000, "tie_word_embeddings": False}
+    if kinds := config.get("layer_types"):
+        config["layer_types"] = kinds[:3]
+    fields = {"method": "lora", "precision": "bf16", "optimizer": "adamw", "master_weights": True, "compiled": True}
+    shape, setup = from_config(config, config["model_type"]), Setup(**fields | changed, sequence_length=tokens)
+    return training_step(shape, setup).peak / 1e6
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "changed", "allocated", "above"),
+    [("google/gemma-2-27b", 1024, {"method": "full"}, 3498.529, 0.001),
+     (GEMMA_1B, 4096, {"method": "full"}, 773.888, 0.001),
+     (EIGHT_B, 4096, {"method": "qlora", "lora_targets": QV}, 1665.532, 0.001),
+     (EIGHT_B, 2048, {"method": "qlora", "lora_targets": QV, "checkpointing": "full"}, 512.393, 0.06),
+     ("google/gemma-3-270m", 256, {"method": "qlora", "lora_targets": QV, "lora_rank": 1}, 21.212, 0.001),
+     ("microsoft/Phi-4-mini-instruct", 2048, {"method": "qlora", "lora_targets": ("qkv_proj",)}, 580.452, 0.001),
+     ("microsoft/Phi-4-mini-instruct", 256,
+      {"method": "qlora", "lora_rank": 128, "checkpointing": "full"}, 152.105, 0.03),
+     ("Qwen/Qwen3-14B", 256, {"precision": "fp8", "lora_rank": 256}, 249.787, 0.04),
+     ("meta-llama/Llama-2-13b-hf", 512, {"precision": "fp8", "lora_rank": 8}, 272.885, 0.001),
+     ("Qwen/Qwen3-0.6B", 4096, {"lora_rank": 256, "checkpointing": "full"}, 292.749, 0.001),
+     (ONE_B, 1024, SELECTIVE, 356.561, 0.01), (ONE_B, 1024, {**SELECTIVE, "lora_targets": QV}, 212.690, 0.01),
+     (EIGHT_B, 2048, {**SELECTIVE, "lora_rank": 16}, 1105.709, 0.02),
+     (GEMMA_1B, 2048, {**SELECTIVE, "lora_rank": 16}, 531.868, 0.01),
+     (GEMMA_1B, 2048, {**SELECTIVE, "lora_rank": 16, "lora_targets": ("gate_proj",)}, 388.244, 0.012),
+     ("google/gemma-2-9b", 2048, {**SELECTIVE, "lora_rank": 16}, 1112.761, 0.012)],
+    ids=lambda value: str(value) if isinstance(value, str | int) else "",
+)
+def test_a_step_has_what_its_generated_code_allocates(
+    model: str, tokens: int, changed: dict[str, Any], allocated: float, above: float
+) -> None:
+    assert 0.9995 <= counted(model, tokens, **changed) / allocated <= 1 + above
