@@ -43,7 +43,6 @@ class Played(gpu_code.Generated):
         torch._inductor.config.fx_graph_cache = False
         torch._inductor.config.compile_threads = 1
         torch._inductor.config.joint_graph_constant_folding = False
-        torch._inductor.config.fallback_random = True
 
     def _lower(self, module: torch.fx.GraphModule, inputs: list, **options: Any) -> Any:
         with _disable_current_modes():

@@ -8,8 +8,7 @@ what the preflight counts of them: without a GPU, in some ten seconds a case.
 A case has a model of the catalogue, tokens, and fields of the preflight's Setup (method, precision, checkpointing,
 lora_targets, lora_dropout, dora, ...). What is there once a step, as what a layer's backward pass has inside, is ten
 times the share of 3 layers that it is of a whole model: a count some per cent high here is some tenths high there. A
-low one is an error. Not told rightly: dropout over an nf4 base, whose input is kept in 16 bits where this
-code's random numbers are PyTorch's own, and a byte of it otherwise.
+low one is an error.
 """
 
 from __future__ import annotations

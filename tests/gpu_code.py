@@ -43,6 +43,7 @@ import torch
 import torch._dynamo.device_interface as interfaces
 import torch._inductor.config
 import torch._inductor.fx_passes.reinplace as reinplace
+import torch._inductor.pattern_matcher as pattern_matcher
 import torch._inductor.runtime.triton_helpers as helpers
 from torch._dynamo.utils import detect_fake_mode
 from torch._inductor import compile_fx
@@ -51,6 +52,7 @@ from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
+from torch.fx.node import map_aggregate
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -126,6 +128,15 @@ def stand_in(capability: int) -> None:
             return inputs
 
     reinplace._inplace_generalized_scatter = unchecked
+    pattern_matcher.fallback_node_due_to_unsupported_type = lambda *_, **__: False  # what is on meta is passed over
+
+
+class Propagated(FakeTensorProp):
+    def run_node(self, node: torch.fx.Node) -> object:
+        if node.target is torch.ops.prims.inductor_lookup_seed.default:  # by an index, for which a GPU is asked
+            node.meta["val"] = torch.empty((), dtype=torch.int64, device=GPU)
+            return node.meta["val"]
+        return super().run_node(node)
 
 
 class Generated:
@@ -148,7 +159,7 @@ class Generated:
 
     def _generate(self, module: torch.fx.GraphModule, inputs: list, backward: bool) -> None:
         for node in module.graph.nodes:
-            node.kwargs = {k: GPU if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
+            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _on_gpu)
         mode = detect_fake_mode(inputs)
         with mode:
             there = [
@@ -156,7 +167,7 @@ class Generated:
                 for x in inputs
             ]
         with V.set_fake_mode(mode), torch._guards.tracing(torch._guards.TracingContext(mode)):
-            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*there)
+            Propagated(module, mode).propagate_dont_convert_inputs(*there)
             compile_fx.record_original_output_strides(module)
             compile_fx._recursive_post_grad_passes(module, is_inference=False)
             graph = GraphLowering(module, example_inputs=there, shape_env=mode.shape_env, is_backward=backward)
@@ -173,6 +184,10 @@ class Generated:
     def seen(self, module: torch.fx.GraphModule, graph: GraphLowering, code: str, backward: bool) -> None:
         moved = sum(bytes_of(node) for node in graph.scheduler.nodes)
         self.graphs.append(("backward" if backward else "forward", code, moved))
+
+
+def _on_gpu(value: object) -> object:
+    return GPU if isinstance(value, torch.device) else value
 
 
 def bytes_of(node: object) -> int:
@@ -260,7 +275,6 @@ def generate(
     torch._inductor.config.fx_graph_cache = False
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.joint_graph_constant_folding = False  # a meta tensor's sum would be a constant to it
-    torch._inductor.config.fallback_random = True  # inductor's own numbers come with a step that is passed over here
     compiled.BACKEND = generated = Generated(what)
     setup = Setup(
         method=method, precision=precision, optimizer="adamw", master_weights=True, compiled=True, **json.loads(fields)

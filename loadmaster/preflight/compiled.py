@@ -87,7 +87,7 @@ def kept_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int | N
         kept += sum(2 * m.outputs for m in adapted if m.name in scaled)
         together = {"q_proj", "k_proj", "v_proj"} <= {m.name for m in adapted}
         kept += 4 * dq if together and shape.norms == 4 and shape.late_norm else 0
-    if setup.lora_dropout:
+    if setup.lora_dropout and not selective:
         again = MADE_AGAIN if setup.method == "qlora" else ()
         kept += sum((1 if m.name in again and not m.shared else 3) * m.inputs for m in adapted)
     return kept
@@ -99,7 +99,8 @@ def _unseen(shape: ModelShape, setup: Setup) -> bool:
     norms = shape.norms_after or shape.whole_norm or shape.value_norm or shape.scaled_query or shape.scaled_residual
     between = shape.experts or shape.fused or not shape.gated or (shape.gelu and not shape.norm_places[3])
     biases = shape.output_bias or shape.mlp_bias
-    return bool(narrow or norms or between or biases or shape.keys_as_values or setup.lora_dropout)
+    dropped = setup.lora_dropout and not setup.dora  # what such layers keep as eager ones is more
+    return bool(narrow or norms or between or biases or shape.keys_as_values or dropped)
 
 
 def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int:
@@ -107,13 +108,14 @@ def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> 
 
     Under adapters, at the kernel of the gated product: its gradient, and the gradients of gate and up, in bf16. Where
     down is adapted besides the product made again (not where gate and up are one matrix, nor with dropout, whose result
-    was kept), in FP8 the other product of the gradient, and the codes of both, and a GELU's in fp32; beyond the highest
-    rank that is merged the adapter's part of the gradient, which no product is added to. In FP8 where down is as it is
-    codes of both gradients, and up's gradient where it is adapted and gate is not; else a GELU's in fp32, and gate's
-    beside it where that alone is adapted. Under DoRA these lie beside what its magnitudes have scaled, and where sums
-    over tokens are taken in two passes beside gate's gradient for its magnitudes, a GELU's twice (under dropout, where
-    down is adapted as well, with up's or not at all). With a norm after the MLP its input is gone. Without a gate,
-    where down is as it is or its input was kept, the gradient and its product. Trained whole: one product of the
+    was kept; over nf4, where dropout is done again, that as well), in FP8 the other product of the gradient, and the
+    codes of both, and a GELU's in fp32 (with dropout up's gradient, where gate is adapted and up is not); beyond the
+    highest rank that is merged the adapter's part of the gradient, which no product is added to. In FP8 where down is
+    as it is codes of both gradients, and up's gradient where it is adapted and gate is not; else a GELU's in fp32, and
+    gate's beside it where that alone is adapted. Under DoRA these lie beside what its magnitudes have scaled, and where
+    sums over tokens are taken in two passes beside gate's gradient for its magnitudes, a GELU's twice (under dropout,
+    where down is adapted as well, with up's or not at all). With a norm after the MLP its input is gone. Without a
+    gate, where down is as it is or its input was kept, the gradient and its product. Trained whole: one product of the
     gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
     and fp32; with a norm after the MLP the gradient before it, without one the output's gradient in FP8, turned (2.11
     makes that first, 2.13 later). Without a gate there is one gradient less. Read off the code that inductor generates
@@ -143,7 +145,11 @@ def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> 
         return (bytes_ + (setup.precision == "fp8")) * f
     bytes_, beside = 6, names & {"gate_proj", "up_proj"}
     if "down_proj" in names and setup.precision == "fp8":
-        bytes_ += 0 if dropped and shape.fused else 6 - 2 * shape.fused + 4 * (shape.gelu and not dropped)
+        if dropped and shape.fused:
+            bytes_ += 6 * ("gate_up_proj" not in names)
+        else:
+            bytes_ += 6 - 2 * shape.fused + 4 * (shape.gelu and not dropped)
+        bytes_ += 2 * (dropped and not shape.gelu and beside == {"gate_proj"})
     elif setup.precision == "fp8":
         bytes_ += 2 * (not shape.fused)  # of both gradients the codes, too: torch 2.11 makes them at once
         if beside == {"up_proj"}:
@@ -153,6 +159,7 @@ def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> 
     elif "down_proj" in names:
         bytes_ += 2 * (not shape.fused and (setup.dora or not dropped))
         bytes_ += 2 * (setup.lora_rank > MERGED and not (setup.dora or setup.lora_dropout))  # models/added.py
+        bytes_ += 2 * (not shape.fused and bool(setup.lora_dropout) and not dropped)
     if setup.dora and shape.fused and "gate_up_proj" in names:
         bytes_ += 10 if dropped else 4
     elif setup.dora:
@@ -189,7 +196,8 @@ def _selective_inside(shape: ModelShape, setup: Setup, names: set[str]) -> int:
 
     In bf16 gate's part, and up's where a GELU or a product made again for down's adapter reads it, and for that both
     parts of its gradient, too; under DoRA of gate and up what their magnitudes scale, and more where sums over tokens
-    are taken in two passes; with a norm after the MLP its input is gone, but not under DoRA. In FP8 the same beside
+    are taken in two passes, and with dropout, which is done again; with a norm after the MLP its input is gone, but not
+    under DoRA. In FP8 the same beside
     codes, the gradient in fp32 (a GELU's always), and the MLP's input where gate or up is adapted; a norm after the MLP
     has its input made again. Beside a GELU's gate, where down is as it is, gradients of hidden size, and the gate's
     codes. Read off 2.11's code, some of it off 2.13's too; the last of a GELU's, in FP8, off one shape (Gemma 3 1B)."""
@@ -200,6 +208,9 @@ def _selective_inside(shape: ModelShape, setup: Setup, names: set[str]) -> int:
         if setup.dora:
             passes = 2 * (gate and up) if shape.gelu else 4 * gate + 2 * up
             products += 2 * (gate + up) + passes * (f < SPLIT)
+            if setup.lora_dropout:
+                products += 2 * (down + (gate and up) + (down and (gate or up)))
+                products += 4 * (gate and up != down) if shape.gelu else 2 * (gate and up and not down and f >= SPLIT)
         return products * f - 2 * h * (shape.norm_places[3] and not setup.dora)
     if shape.gelu:
         products = 10 + 2 * down + 2 * (up and (down or not gate)) + 4 * (gate and down and not up)

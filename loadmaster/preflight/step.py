@@ -267,8 +267,7 @@ def _in_backward(b: Blocks, second: bool, kind: str, kept: int) -> int:
     elif b.full:
         inside = max(inside, _at_last_product(b), _at_attention(b), _at_the_end(b, second) - kept)
     else:
-        inside += b.w * setup.lora_rank * shape.hidden_size  # the gradient of down's B
-        inside += _dequantized_before(b)
+        inside += b.w * setup.lora_rank * shape.hidden_size + _dequantized_before(b)  # the gradient of down's B
         inside = max(inside, _at_adapted_product(b), _at_adapted_attention(b), gradient_bytes(shape, setup, second))
     if kind in ("none", "selective"):
         return inside
@@ -293,10 +292,11 @@ def _at_adapted_product(b: Blocks) -> int:
 
 
 def _dequantized_before(b: Blocks) -> int:
-    """Over an nf4 base, where none of the MLP's matrices has an adapter, the one that its gradients are multiplied with
-    next is there before them; not where gate and up are one."""
-    adapted = b.shape.adapted(b.setup.lora_targets)
-    if b.setup.method != "qlora" or b.shape.fused or any(m in b.shape.mlp_matrices for m in adapted):
+    """Over an nf4 base, where none of the MLP's matrices has an adapter, or gate alone and with dropout, the one that
+    its gradients are multiplied with next is there before them; not where gate and up are one."""
+    adapted = {m.name for m in b.shape.adapted(b.setup.lora_targets) if m in b.shape.mlp_matrices}
+    adapted -= {"gate_proj"} if b.setup.lora_dropout and len(adapted) == 1 else set()
+    if b.setup.method != "qlora" or b.shape.fused or adapted:
         return 0
     return b.w * max(m.weight for m in b.shape.mlp_matrices)
 

@@ -12,10 +12,11 @@ from loadmaster.preflight.config_json import find_config, from_config
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.step import training_step
 
-QV = ("q_proj", "v_proj")
+QV, GATED = ("q_proj", "v_proj"), ("gate_proj", "up_proj")
 ONE_B, EIGHT_B = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B"
-GEMMA_1B = "google/gemma-3-1b-pt"
+GEMMA_1B, PHI = "google/gemma-3-1b-pt", "microsoft/Phi-4-mini-instruct"
 SELECTIVE = {"checkpointing": "selective", "dora": True, "lora_rank": 8}
+DROPPED = {"lora_dropout": 0.05}
 
 
 def counted(model: str, tokens: int, **changed: Any) -> float:
@@ -36,8 +37,8 @@ def counted(model: str, tokens: int, **changed: Any) -> float:
      (EIGHT_B, 4096, {"method": "qlora", "lora_targets": QV}, 1665.532, 0.001),
      (EIGHT_B, 2048, {"method": "qlora", "lora_targets": QV, "checkpointing": "full"}, 512.393, 0.06),
      ("google/gemma-3-270m", 256, {"method": "qlora", "lora_targets": QV, "lora_rank": 1}, 21.212, 0.001),
-     ("microsoft/Phi-4-mini-instruct", 2048, {"method": "qlora", "lora_targets": ("qkv_proj",)}, 580.452, 0.001),
-     ("microsoft/Phi-4-mini-instruct", 256,
+     (PHI, 2048, {"method": "qlora", "lora_targets": ("qkv_proj",)}, 580.452, 0.001),
+     (PHI, 256,
       {"method": "qlora", "lora_rank": 128, "checkpointing": "full"}, 152.105, 0.03),
      ("Qwen/Qwen3-14B", 256, {"precision": "fp8", "lora_rank": 256}, 249.787, 0.04),
      ("meta-llama/Llama-2-13b-hf", 512, {"precision": "fp8", "lora_rank": 8}, 272.885, 0.001),
@@ -46,7 +47,14 @@ def counted(model: str, tokens: int, **changed: Any) -> float:
      (EIGHT_B, 2048, {**SELECTIVE, "lora_rank": 16}, 1105.709, 0.02),
      (GEMMA_1B, 2048, {**SELECTIVE, "lora_rank": 16}, 531.868, 0.01),
      (GEMMA_1B, 2048, {**SELECTIVE, "lora_rank": 16, "lora_targets": ("gate_proj",)}, 388.244, 0.012),
-     ("google/gemma-2-9b", 2048, {**SELECTIVE, "lora_rank": 16}, 1112.761, 0.012)],
+     ("google/gemma-2-9b", 2048, {**SELECTIVE, "lora_rank": 16}, 1112.761, 0.012),
+     (EIGHT_B, 2048, {"method": "qlora", **DROPPED}, 1282.671, 0.001),
+     (EIGHT_B, 4096, {"method": "qlora", "checkpointing": "full", **DROPPED}, 1337.524, 0.001),
+     (ONE_B, 3072, {"method": "qlora", "lora_targets": ("gate_proj",), **DROPPED}, 690.225, 0.001),
+     (ONE_B, 3072, {"precision": "fp8", "lora_targets": ("gate_proj", "down_proj"), **DROPPED}, 1122.781, 0.001),
+     (PHI, 2560, {"precision": "fp8", "lora_targets": ("down_proj",), **DROPPED}, 993.241, 0.001),
+     (ONE_B, 3072, {**SELECTIVE, **DROPPED, "lora_rank": 16}, 1220.438, 0.01),
+     (GEMMA_1B, 2560, {**SELECTIVE, **DROPPED, "lora_rank": 16, "lora_targets": GATED}, 698.815, 0.01)],
     ids=lambda value: str(value) if isinstance(value, str | int) else "",
 )
 def test_a_step_has_what_its_generated_code_allocates(
