@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -161,9 +162,13 @@ def checkpointings(job: Job, hardware: Hardware) -> tuple[str, ...]:
 
 def selective_keeps_less(job: Job, shape: ModelShape, hardware: Hardware, tier: dict[str, Any]) -> bool:
     """Enough less than layers that keep what they like: not where the compiler is known to make all again that is cheap
-    to make. (With DoRA and experts it is about a tenth, which some layers recomputed whole save faster.)"""
+    to make. (With DoRA and experts it is about a tenth, which some layers recomputed whole save faster.) Not under DoRA
+    in layers whose compiled code was not looked at, which may have more at once than eager ones."""
     setup = Setup(**tier, **fixed(job, hardware, tier["method"], "selective", 0), sharding="none", checkpointing="none")
-    known = kept_bytes(shape, setup, shape.is_second(shape.layers - 1))
+    second = shape.is_second(shape.layers - 1)
+    known = kept_bytes(shape, setup, second)
+    if setup.compiled and setup.dora and kept_bytes(shape, replace(setup, checkpointing="selective"), second) is None:
+        return False
     return not setup.compiled or bool(setup.adapters and setup.lora_dropout) or known is None
 
 

@@ -12,9 +12,13 @@ from loadmaster.config.schema import BatchConfig, LoraConfig, OptimizerConfig
 from loadmaster.preflight import largest, make_plan, shape
 from loadmaster.preflight.candidate import Candidate
 from loadmaster.preflight.config_json import find_shape
+from loadmaster.preflight.enumeration import Enumeration
 from loadmaster.preflight.hardware import find_hardware
 from loadmaster.preflight.search import ranking, search
+from loadmaster.preflight.tiers import tiers
 from tests.preflight.test_make import LLAMA, job
+
+PHI_4_MINI = "microsoft/Phi-4-mini-instruct"
 
 
 def found(job, explain: bool = True) -> Candidate:
@@ -184,3 +188,18 @@ def test_rows_far_too_long_are_not_replayed_to_find_the_longest_that_fits(monkey
     refused = make_plan(job(LLAMA + "8B", "lora", "h100_80gb", sequence_length=4_000_000), with_alternatives=False)
     longest = int(re.findall(r"sequence_length=(\d+) fits", " ".join(refused.reasons))[0])
     assert not refused.fits and longest in tried and max(tried) < 2 * longest
+
+
+@pytest.mark.parametrize(
+    ("model", "dora", "offered"),
+    [(PHI_4_MINI, True, False), (PHI_4_MINI, False, True), (f"{LLAMA}8B", True, True)],
+)
+def test_selective_checkpoints_are_not_offered_under_dora_where_their_code_was_not_seen(model, dora, offered) -> None:
+    """Phi-3 mini's, with dropout, has 7% of three layers more than eager ones (its generated code, 2026-12-01)."""
+    asked = job(model, "lora", "h100_80gb", lora=LoraConfig(dora=dora, dropout=0.05))
+    known, hardware = find_shape(asked.model), find_hardware(asked.hardware)
+    tried = {
+        candidate.setup.checkpointing for tier in tiers(asked, hardware)
+        for candidate in Enumeration(asked, known, hardware, tier).candidates()
+    }
+    assert ("selective" in tried) is offered
