@@ -151,7 +151,7 @@ def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> 
             bytes_ += 6 - 2 * shape.fused + 4 * (shape.gelu and not dropped)
         bytes_ += 2 * (dropped and not shape.gelu and beside == {"gate_proj"})
     elif setup.precision == "fp8":
-        bytes_ += 2 * (not shape.fused)  # of both gradients the codes, too: torch 2.11 makes them at once
+        bytes_ += 2 * ("gate_up_proj" not in names)  # of both gradients the codes, too: torch 2.11 makes them at once
         if beside == {"up_proj"}:
             bytes_ += 2
         elif shape.gelu:
@@ -159,7 +159,7 @@ def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> 
     elif "down_proj" in names:
         bytes_ += 2 * (not shape.fused and (setup.dora or not dropped))
         bytes_ += 2 * (setup.lora_rank > MERGED and not (setup.dora or setup.lora_dropout))  # models/added.py
-        bytes_ += 2 * (not shape.fused and bool(setup.lora_dropout) and not dropped)
+        bytes_ += 2 * (bool(setup.lora_dropout) and not dropped)
     if setup.dora and shape.fused and "gate_up_proj" in names:
         bytes_ += 10 if dropped else 4
     elif setup.dora:

@@ -6,12 +6,12 @@ activations, gathered weights and gradients that no order of operations can do w
 
 from __future__ import annotations
 
+from loadmaster.preflight.backward import gradient_bytes
 from loadmaster.preflight.hardware import Hardware
 from loadmaster.preflight.memory import context_bytes, resident, state_bytes
 from loadmaster.preflight.setup import Setup
 from loadmaster.preflight.shape import ModelShape
 from loadmaster.preflight.shards import units, whole
-from loadmaster.preflight.step import gradient_bytes
 
 
 def least_bytes(shape: ModelShape, hardware: Hardware, setup: Setup) -> float:
