@@ -107,22 +107,23 @@ def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> 
     """What one token of a layer has at once in its backward pass, beyond what is kept and its output's gradient.
 
     Under adapters, at the kernel of the gated product: its gradient, and the gradients of gate and up, in bf16. Where
-    down is adapted besides the product made again (not where gate and up are one matrix, nor with dropout, whose result
-    was kept; over nf4, where dropout is done again, that as well), in FP8 the other product of the gradient, and the
-    codes of both, and a GELU's in fp32 (with dropout up's gradient, where gate is adapted and up is not); beyond the
-    highest rank that is merged the adapter's part of the gradient, which no product is added to. In FP8 where down is
-    as it is codes of both gradients, and up's gradient where it is adapted and gate is not; else a GELU's in fp32, and
-    gate's beside it where that alone is adapted. Under DoRA these lie beside what its magnitudes have scaled, and where
-    sums over tokens are taken in two passes beside gate's gradient for its magnitudes, a GELU's twice (under dropout,
-    where down is adapted as well, with up's or not at all). With a norm after the MLP its input is gone. Without a
-    gate, where down is as it is or its input was kept, the gradient and its product. Trained whole: one product of the
-    gradient, the product, and both gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16
-    and fp32; with a norm after the MLP the gradient before it, without one the output's gradient in FP8, turned (2.11
-    makes that first, 2.13 later). Without a gate there is one gradient less. Read off the code that inductor generates
-    for a GPU (2.11 and 2.13, the larger; tests/models/test_gpu_code.py). Fused and trained whole: one product of the
-    gradient, the gradient of gate and up, and attention's result laid out anew; in FP8 that gradient and its codes
-    twice. Experts: `_of_experts`; trained whole in FP8, under DoRA or dropout, or in a layer without any of a model
-    that has some, a layer is counted amply as an eager one."""
+    down is adapted besides the product made again (not where gate and up are one matrix, nor with dropout, whose
+    result was kept; over nf4, where dropout is done again, that as well), in FP8 the other product of the gradient,
+    and the codes of both, and a GELU's in fp32 (with dropout up's gradient, where gate is adapted and up is not);
+    beyond the highest rank that is merged the adapter's part of the gradient, which no product is added to. In FP8
+    where down is as it is codes of both gradients, and up's gradient where it is adapted and gate is not; else a
+    GELU's in fp32, and gate's beside it where that alone is adapted. Under DoRA these lie beside what its magnitudes
+    have scaled (of rank 1, with gate's, beside the adapters' parts as well), and where sums over tokens are taken in
+    two passes beside gate's gradient for its magnitudes, a GELU's twice (under dropout, where down is adapted as well,
+    with up's or not at all). With a norm after the MLP its input is gone. Without a gate, where down is as it is or
+    its input was kept, the gradient and its product. Trained whole: one product of the gradient, the product, and both
+    gradients; in FP8 the first in bf16, of the others five codes, and a GELU's in bf16 and fp32; with a norm after the
+    MLP the gradient before it, without one the output's gradient in FP8, turned (2.11 makes that first, 2.13 later).
+    Without a gate there is one gradient less. Read off the code that inductor generates for a GPU (2.11 and 2.13, the
+    larger; tests/models/test_gpu_code.py). Fused and trained whole: one product of the gradient, the gradient of gate
+    and up, and attention's result laid out anew; in FP8 that gradient and its codes twice. Experts: `_of_experts`;
+    trained whole in FP8, under DoRA or dropout, or in a layer without any of a model that has some, a layer is counted
+    amply as an eager one."""
     f = shape.intermediate_size
     if shape.experts:
         seen = not (setup.lora_dropout or setup.dora) and (setup.adapters or setup.precision == "bf16")
@@ -163,7 +164,7 @@ def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> 
     if setup.dora and shape.fused and "gate_up_proj" in names:
         bytes_ += 10 if dropped else 4
     elif setup.dora:
-        bytes_ += 2 * len(beside)
+        bytes_ += 2 * len(beside) * (2 if setup.lora_rank == 1 and "gate_proj" in names else 1)
         if f < SPLIT and "gate_proj" in names:
             bytes_ += 4 * ("up_proj" in names) if dropped and "down_proj" in names else 2 + 2 * shape.gelu
     return bytes_ * f - 2 * shape.hidden_size * shape.norm_places[3]

@@ -54,6 +54,7 @@ def counted(model: str, tokens: int, **changed: Any) -> float:
      (ONE_B, 3072, {"precision": "fp8", "lora_targets": ("gate_proj", "down_proj"), **DROPPED}, 1122.781, 0.001),
      (ONE_B, 3072, {"method": "qlora", "lora_targets": ("gate_proj",), "lora_rank": 1}, 671.074, 0.001),
      (ONE_B, 3072, {"lora_rank": 256, **DROPPED}, 1240.433, 0.001),
+     (ONE_B, 3072, {"lora_rank": 1, "dora": True, "lora_targets": GATED}, 889.397, 0.001),
      (PHI, 2560, {"precision": "fp8", "lora_targets": ("down_proj",), **DROPPED}, 993.241, 0.001),
      (PHI, 6400, {"precision": "fp8", "lora_targets": ("qkv_proj",), "checkpointing": "full"}, 986.445, 0.001),
      (PHI, 6400, {"method": "qlora", "checkpointing": "full", **DROPPED}, 1098.600, 0.001),
