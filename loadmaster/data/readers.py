@@ -27,6 +27,8 @@ a hole in it) is said before it fills the memory."""
 TOO_LONG, SPLIT = f"has more than {LONGEST_ROW >> 20} MiB", "end each row with a line break, and split the longest"
 PARQUET_ROWS = 16
 """That are made at a time: what all rows repeat takes no room in the file, and here as often as there are rows."""
+PARQUET_BYTES = 2**20
+"""That are read at a time of a column, of which else all of a group of rows is held, as long as the file may be."""
 MORE_ROWS = 64
 """That are made at a time, which takes half the time, where so many of whatever a group of rows can repeat are no more
 bytes than PARQUET_ROWS of the longest row."""
@@ -322,7 +324,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
 
     try:
         number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BYTES, pre_buffer=False) as file:
             if twice := _twice(file.schema_arrow.names):
                 yield RawRow(f"{name}:1", error=f"names the column {', '.join(twice)} twice", remedy="name each once")
                 return

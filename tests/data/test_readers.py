@@ -45,6 +45,15 @@ def test_one_json_value_that_the_memory_cannot_hold_is_not_read(tmp_path, monkey
         read(tmp_path / "rows.json")
 
 
+def test_of_a_long_group_of_rows_of_a_parquet_file_no_more_is_held_than_its_first(tmp_path):
+    texts = [f"{n:x} " * 100 for n in range(2**40, 2**40 + 20_000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet", compression="none")
+    before = pyarrow.total_allocated_bytes()
+    rows = readers.read_file(tmp_path / "rows.parquet", "rows.parquet")
+    assert next(rows).value == {"text": texts[0]}
+    assert pyarrow.total_allocated_bytes() - before < 8 * MIB < (tmp_path / "rows.parquet").stat().st_size
+
+
 def test_a_text_that_all_rows_of_a_parquet_file_repeat_is_not_held_as_often(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "LONGEST_ROW", 3 * MIB)
     same = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 500, pyarrow.int32()), pyarrow.array(["x" * MIB]))
