@@ -1,37 +1,38 @@
 """How much a job's data are, before anything is prepared: what hours and dollars are planned by.
 
-Where keys and quotes of a file are few, as in a CSV file of short rows, most of what is trained on is the chat
-template's: the first rows of each file say how many times the tokens of its bytes that makes. Templates differ, and
-the plan has no tokenizer: what they write of a turn, and in place of a system message that a chat has not, is that of
-Llama 3.1, Qwen2.5 and SmolLM2, within some tokens.
+By the first rows of each file: what is said in them, and what a chat template writes around it. Templates differ, and
+the plan has no tokenizer: what they write of a turn, and of models that are not at hand in place of a system message
+that a chat has not, is that of Llama 3.1, Qwen2.5 and SmolLM2, within some tokens.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from loadmaster.config.schema import Job
-from loadmaster.config.shipped import resolve_path
+from loadmaster import catalog
+from loadmaster.config.schema import Job, ModelConfig
+from loadmaster.config.shipped import local_path, resolve_path
+from loadmaster.data.beginnings import as_text, first_rows
 from loadmaster.data.formats import Conversation, RowError, recognise_format, renamed, to_conversation
-from loadmaster.data.sources import LOOKED_INTO, SOON_READ, FileSource, open_source
+from loadmaster.data.sources import LOOKED_INTO, SOON_READ, open_source
 from loadmaster.preflight import estimate_tokens
-from loadmaster.preflight.dataset import BYTES_PER_TOKEN
+from loadmaster.preflight.dataset import text_tokens
 
-ROWS_READ = 1000
-"""By which a plan tells how much the first data.max_rows are."""
-ROWS_WEIGHED = 100
-"""Of each file, by which a plan tells what templates add."""
-READ_BY_LINE = (".jsonl", ".ndjson", ".csv")
-TURN_TOKENS, SYSTEM_TOKENS = 5, 20
+ROWS_WEIGHED, LEAST_WEIGHED = 1000, 100
+"""Of all files together, and of each where they are many."""
+TURN_TOKENS, SYSTEM_TOKENS, TEXT_TOKENS = 5, 20, 1
+"""What a template writes around a turn and in place of a system message, and what ends a text."""
+WITHOUT_SYSTEM = {"gemma2", "gemma3_text", "mistral", "mixtral", "phi3", "qwen3", "qwen3_moe"}
+"""Families of shipped shapes whose templates write nothing in place of one."""
 
 
 def dataset_tokens(job: Job) -> int | None:
-    """Tokens of an epoch, estimated from the size of the files and from their first rows; None for a Hub dataset, and
-    where one is not here.
+    """Tokens of an epoch, estimated from the first rows of the files; None for a Hub dataset, and where one is not
+    here.
 
     Raises DataError for a folder without files of rows, and for files that hold none or are not what their names say,
     held-out ones included.
@@ -43,69 +44,86 @@ def dataset_tokens(job: Job) -> int | None:
     sizes = _sizes(here, "data.path", skips) if here else []
     if len(here) < len(paths):
         return None
-    files = [file for file, _ in sizes]
-    times = {file: times_of_templates(job, file) for file in list(dict.fromkeys(files))[:LOOKED_INTO]}
-    tokens = round(sum(estimate_tokens({str(file): size}) * times.get(file, 1.0) for file, size in sizes))
-    most = job.data.max_rows
-    return tokens if most is None else min(tokens, estimate_tokens({"rows.jsonl": _bytes_of_rows(job, most)}))
+    looked_into = list(dict.fromkeys(file for file, _ in sizes))[:LOOKED_INTO]
+    most = max(LEAST_WEIGHED, ROWS_WEIGHED // len(looked_into))
+    system = system_tokens(job.model)
+    weighed = {file: weighed_rows(job, file, most, system) for file in looked_into}
+    tokens, left = 0.0, job.data.max_rows or math.inf
+    for file, size in sizes:
+        rows, each = weighed.get(file) or _unread(file, size)
+        tokens += min(rows, left) * each
+        left -= min(rows, left)
+    return max(1, round(tokens))
 
 
-def times_of_templates(job: Job, file: Path) -> float:
-    """How many times a file's bytes its rows come to, by the first of them; 1 where reading those takes long."""
-    if file.suffix.lower() not in READ_BY_LINE and file.stat().st_size >= SOON_READ:
-        return 1.0
-    kept, rendered = 0, 0.0
-    for row in islice(FileSource([file]).rows(), ROWS_WEIGHED):
-        size = _kept_bytes(row.value, file) if isinstance(row.value, dict) else 0
-        kept += size
-        rendered += max(size, rendered_bytes(job, row.value))
-        if kept > SOON_READ:
-            break
-    return rendered / kept if kept else 1.0
+def weighed_rows(job: Job, file: Path, most: int, system: float) -> tuple[float, float]:
+    """(rows, tokens of each) of a file, by at most so many of the first of them."""
+    rows, count = first_rows(file, most)
+    if not rows:
+        return _unread(file, file.stat().st_size)
+    return count, sum(row_tokens(job, row, system) for row in rows) / len(rows)
 
 
-def rendered_bytes(job: Job, row: Any) -> float:
-    """Of a row with its turns' headers and ends, a system message, and both answers of a pair behind their prompt; 0
-    where that cannot be said."""
+def row_tokens(job: Job, row: dict[str, Any], system: float) -> float:
+    """Of a row with its turns' headers and ends, a system message, and both answers of a pair behind their prompt, less
+    what is cut off or left out as too long; by all that it holds where that cannot be said. system: tokens in place of
+    a system message."""
     data = job.data
-    if not isinstance(row, dict):
-        return 0.0
     try:
         row = renamed(row, data.columns or {})
         shape = recognise_format(row, job.objective)[0] if data.format == "auto" else data.format
         chat = to_conversation(row, shape, "", data.system, data.tools)
     except RowError:
-        return 0.0
+        return text_tokens(as_text(row))
     if chat.text is not None:
-        return _bytes(chat.text)
-    of_tools = _bytes(chat.tools) if chat.tools else 0
-    return sum(of_tools + _chat_bytes(turns) for turns in _chats(chat))
+        pieces = [text_tokens(chat.text) + TEXT_TOKENS]
+    else:
+        of_tools = text_tokens(as_text(chat.tools)) if chat.tools else 0
+        pieces = [of_tools + _chat_tokens(turns, system) for turns in _chats(chat)]
+    if max(pieces) <= job.sequence_length or data.on_long_row == "split":
+        return sum(pieces)
+    return job.sequence_length if job.objective == "sft" and data.on_long_row == "cut" else 0
+
+
+def system_tokens(model: ModelConfig) -> float:
+    """Of what the template writes in place of a system message: that of model.chat_template or of model.path, else the
+    family's."""
+    if model.chat_template or model.path:
+        if (template := _template(model)) is None:
+            return SYSTEM_TOKENS
+        from loadmaster.config.chat_template import opening
+
+        written = opening(template)
+        return SYSTEM_TOKENS if written is None else text_tokens(written)
+    shape = catalog.shapes().get(model.name.lower(), {})
+    return 0 if shape.get("model_type") in WITHOUT_SYSTEM else SYSTEM_TOKENS
+
+
+def _template(model: ModelConfig) -> str | None:
+    """Of the model at hand; None where it has none that can be read."""
+    own = local_path(model.chat_template or f"{model.path}/chat_template.jinja")
+    try:
+        if model.chat_template or own.is_file():
+            return own.read_text(encoding="utf-8")
+        found = json.loads((local_path(model.path) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return found["chat_template"] if isinstance(found["chat_template"], str) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _unread(file: Path, size: int) -> tuple[float, float]:
+    """Of a file that is taken by its bytes alone: as one row."""
+    return 1, estimate_tokens({str(file): size})
 
 
 def _chats(chat: Conversation) -> list[list[dict[str, Any]]]:
     return [chat.messages] if chat.rejected is None else [chat.messages, [*chat.messages[:-1], chat.rejected]]
 
 
-def _chat_bytes(turns: list[dict[str, Any]]) -> float:
-    said = sum(_bytes(value) for turn in turns for key, value in turn.items() if key != "role" and value)
-    system = 0 if turns[0]["role"] == "system" else SYSTEM_TOKENS
-    return said + BYTES_PER_TOKEN * (TURN_TOKENS * len(turns) + system)
-
-
-def _kept_bytes(row: dict[str, Any], file: Path) -> int:
-    return sum(_bytes(cell) + 1 for cell in row.values()) if file.suffix.lower() == ".csv" else _bytes(row) + 1
-
-
-def _bytes(value: Any) -> int:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return len(text.encode(errors="replace"))
-
-
-def _bytes_of_rows(job: Job, most: int) -> int:
-    """Of the first `most` rows, by as many of them as are soon read."""
-    first = [row.value for row in islice(open_source(job.data.paths).rows(), min(most, ROWS_READ))]
-    size = round(sum(max(_bytes(row), rendered_bytes(job, row)) for row in first))
-    return size if len(first) < ROWS_READ else size * most // ROWS_READ
+def _chat_tokens(turns: list[dict[str, Any]], system: float) -> float:
+    said = sum(text_tokens(as_text(value)) for turn in turns for key, value in turn.items() if key != "role" and value)
+    in_place = 0 if turns[0]["role"] == "system" else system
+    return said + TURN_TOKENS * len(turns) + in_place
 
 
 def _sizes(paths: list[str], key: str, skips: bool) -> list[tuple[Path, int]]:
