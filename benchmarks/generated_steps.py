@@ -5,7 +5,7 @@ what the preflight counts of them: without a GPU, in some ten seconds a case.
     python benchmarks/generated_steps.py '[{"model": "Qwen/Qwen3-0.6B", "method": "full", "tokens": 2048}]'
     python benchmarks/generated_steps.py --json ...
 
-A case has a model of the catalogue, tokens, and fields of the preflight's Setup (method, precision, checkpointing,
+A case has a model of the catalogue, tokens of a row, and fields of the preflight's Setup (method, precision, micro_batch_size, checkpointing,
 lora_targets, lora_dropout, dora, ...). What is there once a step, as what a layer's backward pass has inside, is ten
 times the share of 3 layers that it is of a whole model: a count some per cent high here is some tenths high there. A
 low one is an error.
@@ -80,9 +80,9 @@ def generated(config: dict[str, Any], setup: Setup, tokens: int) -> int:
     recorder.held(model)
     before = len(recorder.events)
     model.train()
-    ids = torch.zeros(1, tokens, dtype=torch.long)
+    ids = torch.zeros(setup.micro_batch_size, tokens, dtype=torch.long)
     with recorder:
-        loss, _ = token_losses(model, MicroBatch(ids, ids, torch.arange(tokens)[None]))
+        loss, _ = token_losses(model, MicroBatch(ids, ids, torch.arange(tokens).expand_as(ids)))
         loss.backward()
     live = most = 0
     there: dict[int, int] = {}

@@ -73,7 +73,7 @@ def kept_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int | N
         kept += 2 * dq + 2 * dk + 4 * (2 if shape.whole_norm else shape.heads + shape.key_value_heads)
     if shape.value_norm and not shape.keys_as_values:
         kept += 4 * shape.key_value_heads
-    if shape.fused:
+    if shape.fused and not selective:
         kept += 2 * dq + 2 * dk
     kept += 2 * shape.scaled_query
     kept += 2 * setup.lora_rank * len(adapted)
@@ -97,10 +97,10 @@ def _unseen(shape: ModelShape, setup: Setup) -> bool:
     """Layers whose code was not looked at under selective checkpointing, or keeps and makes other things."""
     narrow = min(m.inputs for m in shape.matrices(False)) < WIDE  # products that are made again
     norms = shape.norms_after or shape.whole_norm or shape.value_norm or shape.scaled_query or shape.scaled_residual
-    between = shape.experts or shape.fused or not shape.gated or (shape.gelu and not shape.norm_places[3])
+    fused = shape.fused and (setup.dora or not setup.adapters)
+    between = shape.experts or fused or not shape.gated or (shape.gelu and not shape.norm_places[3])
     biases = shape.output_bias or shape.mlp_bias
-    dropped = setup.lora_dropout and not setup.dora  # what such layers keep as eager ones is more
-    return bool(narrow or norms or between or biases or shape.keys_as_values or dropped)
+    return bool(narrow or norms or between or biases or shape.keys_as_values)
 
 
 def in_backward_bytes(shape: ModelShape, setup: Setup, second: bool = False) -> int:
@@ -196,24 +196,38 @@ def _selective_inside(shape: ModelShape, setup: Setup, names: set[str]) -> int:
     reads it, and the adapter's part of it lies there.
 
     In bf16 gate's part, and up's where a GELU or a product made again for down's adapter reads it, and for that both
-    parts of its gradient, too; under DoRA of gate and up what their magnitudes scale, and more where sums over tokens
-    are taken in two passes, and with dropout, which is done again; with a norm after the MLP its input is gone, but not
-    under DoRA. In FP8 the same beside
-    codes, the gradient in fp32 (a GELU's always), and the MLP's input where gate or up is adapted; a norm after the MLP
-    has its input made again. Beside a GELU's gate, where down is as it is, gradients of hidden size, and the gate's
-    codes. Read off 2.11's code, some of it off 2.13's too; the last of a GELU's, in FP8, off one shape (Gemma 3 1B)."""
-    gate, up, down = (name in names for name in ("gate_proj", "up_proj", "down_proj"))
-    f, h = shape.intermediate_size, shape.hidden_size
+    parts of its gradient, too, and the product that dropout is done to again; under DoRA of gate and up what their
+    magnitudes scale, and more where sums over tokens are taken in two passes, and with dropout; with a norm after the
+    MLP its input is gone, but not under DoRA. In FP8 the same beside codes, the gradient in fp32 (a GELU's always), and
+    the MLP's input where gate, up or the output of attention is adapted, and with dropout three more of that; a norm
+    after the MLP has its input made again. Beside a GELU's gate, where down is as it is, gradients of hidden size, and
+    the gate's codes. Read off 2.11's code, some of it off 2.13's too; the last of a GELU's, in FP8, off one shape
+    (Gemma 3 1B)."""
+    gate, up, down, o = (name in names for name in ("gate_proj", "up_proj", "down_proj", "o_proj"))
+    f, h, q, dropped = shape.intermediate_size, shape.hidden_size, shape.query_size, bool(setup.lora_dropout)
+    if shape.fused:
+        return _selective_fused(shape, "gate_up_proj" in names, down, o, dropped, setup.precision == "fp8")
     if setup.precision == "bf16":
-        products = 6 + 2 * (gate + down + (up and (down or shape.gelu)))
+        products = 6 + 2 * (gate + down + (up and (down or shape.gelu)) + (down and dropped))
         if setup.dora:
             passes = 2 * (gate and up) if shape.gelu else 4 * gate + 2 * up
             products += 2 * (gate + up) + passes * (f < SPLIT)
-            if setup.lora_dropout:
-                products += 2 * (down + (gate and up) + (down and (gate or up)))
+            if dropped:
+                products += 2 * ((gate and up) + (down and (gate or up)))
                 products += 4 * (gate and up != down) if shape.gelu else 2 * (gate and up and not down and f >= SPLIT)
         return products * f - 2 * h * (shape.norm_places[3] and not setup.dora)
+    again = 6 * q * (o and dropped)
     if shape.gelu:
         products = 10 + 2 * down + 2 * (up and (down or not gate)) + 4 * (gate and down and not up)
-        return products * f + (2 + (2 if up else 6) * (gate and not down)) * h
-    return (12 + 4 * down - 2 * (gate and not up)) * f + 2 * h * (gate or up)
+        products += 2 * (down and dropped and not gate)
+        return products * f + (2 + (2 if up else 6) * (gate and not down)) * h + again
+    alone = down and dropped and not (gate or up)
+    return (12 + 4 * down - 2 * (gate and not up) - 2 * alone) * f + 2 * h * (gate or up or o) + again
+
+
+def _selective_fused(shape: ModelShape, gates: bool, down: bool, o: bool, dropped: bool, fp8: bool) -> int:
+    """The same where gate and up are one matrix."""
+    f, h, q = shape.intermediate_size, shape.hidden_size, shape.query_size
+    if fp8:
+        return (12 - 2 * gates + 4 * (gates and down)) * f + 2 * h * (gates or o) + (6 if dropped else 2) * q * o
+    return (6 + 4 * gates + (6 + 4 * gates) * (down and dropped)) * f
