@@ -88,7 +88,11 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(read_text(path))
+    """Raises OSError, and ValueError for what is no JSON."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def as_object(value: Any) -> dict[str, Any]:

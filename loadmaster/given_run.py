@@ -8,6 +8,7 @@ import shlex
 from itertools import pairwise
 from pathlib import Path
 
+from loadmaster.config.compose import read_settings
 from loadmaster.config.hydra_sources import GROUP
 from loadmaster.config.overrides import assigned, note_repeated
 from loadmaster.config.shipped import local_path, shipped_folder
@@ -44,6 +45,7 @@ def run_and_words(words: list[str]) -> tuple[Path | None, list[str]]:
                 f"{typed} {word}: a run goes on where it lies; leave {word} out, or begin one on other machines with "
                 f"recipe=NAME and {word}"
             )
+    read_settings(run / f"{SETTINGS}.yaml")
     note_repeated([word for word in others if is_group_choice(word)])
     return run, over_run([assigned("run_dir", str(run)), *others])
 

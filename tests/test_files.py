@@ -20,11 +20,18 @@ from loadmaster.files import (
     is_whole_safetensors,
     own_folder,
     publish_folder,
+    read_json,
     sha256_json,
     storable,
     torn_safetensors,
     write_json,
 )
+
+
+def test_json_that_is_nested_too_deeply_is_refused_as_no_json(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(tmp_path / "deep.json")
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

@@ -115,6 +115,22 @@ def test_plans_that_are_shown_are_of_the_run_that_is_given(planned_run, capsys):
     assert (planned_run / "plan.json").read_bytes() == before
 
 
+def test_a_run_whose_settings_are_damaged_or_cut_off_is_not_gone_on_with(planned_run, monkeypatch, capsys):
+    """Cut off, it would go on by the defaults of what is lost: other formats, another server."""
+    monkeypatch.setattr("loadmaster.pipeline.run", lambda composed: pytest.fail("a job was started"))
+    file = planned_run / "config.yaml"
+    whole = file.read_bytes()
+    cut = [whole[: whole.index(section)] for section in (b"formats:", b"endpoint:", b"tracker:")]
+    for damaged in (*cut, b"", b"3", b"[1]", b"text", b"seed: \0", b"\xff"):
+        file.write_bytes(damaged)
+        for command in (["bundle"], ["plan", "--json"]):
+            assert main([command[0], str(planned_run), *command[1:]]) == 2, damaged[-20:]
+            said = capsys.readouterr().err
+            assert f"in {file}" in said and "fix: the command that began the run writes it" in said
+    file.write_bytes(whole)
+    assert main(["plan", str(planned_run), "--json"]) == 0
+
+
 def test_a_run_behind_a_link_or_in_a_folder_named_as_a_setting_keeps_its_own_place(planned_run, monkeypatch):
     seen = []
     monkeypatch.setattr("loadmaster.pipeline.run", lambda composed: seen.append(composed.job.run_dir) or 0)

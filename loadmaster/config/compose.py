@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from loadmaster.config.fields import fields
 from loadmaster.config.hydra_errors import explain, explain_circle, explain_section
 from loadmaster.config.hydra_sources import GROUP, PRIMARY, Loader, config_loader
+from loadmaster.config.jobhash import SINCE
 from loadmaster.config.origins import COMMAND_LINE, lines_of, origin_of, origins_of_files
 from loadmaster.config.overrides import Overrides, groups_of, read_overrides, reading_order
 from loadmaster.config.rules import broken_rules
@@ -139,19 +140,30 @@ def read_job(path: Path, to_run: bool = True) -> Composed:
     to_run: what it names (data, a model's folder) has to be here; else it is only told of, and may be gone.
     Raises ConfigError where the file was edited into something wrong, or comes from another version.
     """
-    try:
-        resolved = yaml.safe_load(read_text(path)) or {}
-        if not isinstance(resolved, dict):
-            raise ValueError("it holds no fields")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        message, remedy = f"cannot be read: {' '.join(str(error).split())}", "the command that began the run writes it"
-        raise ConfigError.of(path.name, None, message, remedy, str(path)) from error
+    resolved = read_settings(path)
     origins = {key: f"{path}:{line}" for key, line in lines_of(path)}
     checked = check(resolved, origins, {})
     problems = checked.problems + (broken_rules(checked.job, origins, checked.keys) if to_run else [])
     if problems:
         raise ConfigError(problems)
     return composed(checked.job, origins)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a run directory's config.yaml holds: fields of a job, of which only later versions' may be missing.
+
+    Raises ConfigError where it is damaged, or cut off: a run would go on by the defaults of what it lacks.
+    """
+    try:
+        held = yaml.safe_load(read_text(path))
+        if not isinstance(held, dict):
+            raise ValueError("it holds no fields")
+        if lacking := [field.name for field in dataclasses.fields(Job) if field.name not in {*held, *SINCE}]:
+            raise ValueError(f"it ends early, without {', '.join(lacking)}")
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        message, remedy = f"cannot be read: {' '.join(str(error).split())}", "the command that began the run writes it"
+        raise ConfigError.of(path.name, None, message, remedy, str(path)) from error
+    return held
 
 
 def load(

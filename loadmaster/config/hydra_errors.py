@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from loadmaster.config.fields import nearest, nearest_key, sections
-from loadmaster.config.hydra_sources import GROUP
+from loadmaster.config.hydra_sources import GROUP, NoSettings
 from loadmaster.config.origins import COMMAND_LINE, file_of, line_of_default, lines_of
 from loadmaster.config.overrides import groups_of, unknown_option
 from loadmaster.config.shipped import display_path
@@ -31,6 +31,8 @@ def explain(
     loader: ConfigLoaderImpl, error: Exception, config_name: str, overrides: list[str]
 ) -> tuple[Problem, str | None]:
     """The problem, and the override to blame for it; None where a file is to blame."""
+    if isinstance(error, NoSettings):
+        return _no_settings(loader, error), None
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return _bad_yaml(error), None
     text = " ".join(str(error).split())
@@ -121,6 +123,12 @@ def _bad_yaml(error: yaml.MarkedYAMLError) -> Problem:
     if "duplicate key" in what:
         remedy = "keep one of the two"
     return Problem(file, None, f"{file}:{mark.line + 1}", f"is not valid YAML: {what}", remedy)
+
+
+def _no_settings(loader: ConfigLoaderImpl, error: NoSettings) -> Problem:
+    file = file_of(loader, error.config_path)
+    name = display_path(file) if file else error.config_path
+    return Problem(name, None, name, f"cannot be read: {error.why}", "a file of settings is YAML with a line key: value")
 
 
 def _missing_file(

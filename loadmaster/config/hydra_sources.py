@@ -16,6 +16,7 @@ from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
 from hydra.conf import HydraConf, RunDir, SweepDir
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
@@ -24,9 +25,11 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import setup_globals
-from hydra.errors import SearchPathException
+from hydra.errors import HydraException, SearchPathException
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
+from yaml.reader import ReaderError
 
 from loadmaster.config.schema import Job
 from loadmaster.config.shipped import shipped_folder
@@ -38,18 +41,42 @@ DEFAULTS = "schema_defaults"
 SWEEP_DIR = "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
 
 
-class RecipeSource(FileConfigSource):
+class NoSettings(HydraException):
+    """A file that Hydra composes holds no YAML, or YAML without fields."""
+
+    def __init__(self, config_path: str, why: str):
+        super().__init__(f"{config_path}: {why}")
+        self.config_path, self.why = config_path, why
+
+
+class FileSource(FileConfigSource):
+    """A folder of groups, the recipes of --config-dir among them. Takes the place of Hydra's own."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        try:
+            loaded = super().load_config(self._inside(config_path) or "")
+        except (OSError, UnicodeDecodeError, ReaderError) as error:  # which name no file, or would be a traceback
+            no_fields = isinstance(error, OSError) and error.errno is None  # OmegaConf's, of a number
+            raise NoSettings(config_path, "it holds no fields" if no_fields else " ".join(str(error).split())) from error
+        if not isinstance(loaded.config, DictConfig):
+            raise NoSettings(config_path, "it holds no fields")
+        if config_path.startswith(f"{GROUP}/"):
+            # An overlay whatever its header says: under a package of its own it would set nothing, and silently.
+            loaded.header["package"] = loaded.header["package"] or "_global_"
+        return loaded
+
+    @staticmethod
+    def _inside(config_path: str) -> str | None:
+        """Where in this folder it lies; None for what is not of its groups."""
+        return config_path
+
+
+class RecipeSource(FileSource):
     """A folder of recipes, seen by Hydra as the group `recipe`."""
 
     @staticmethod
     def scheme() -> str:
         return "recipes"
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        loaded = super().load_config(self._inside(config_path) or "")
-        # An overlay whatever its header says: under a package of its own it would set nothing, and silently.
-        loaded.header["package"] = loaded.header["package"] or "_global_"
-        return loaded
 
     def is_group(self, config_path: str) -> bool:
         inside = self._inside(config_path)
@@ -99,6 +126,7 @@ def register() -> None:
     """Make Hydra know our sources and the schema's defaults; safe to call again."""
     version.setbase(VERSION_BASE)
     plugins = Plugins.instance()
+    SourcesRegistry.instance().types[FileSource.scheme()] = FileSource  # of two of a scheme register() keeps the first
     plugins.register(RecipeSource)
     plugins.register(LoadmasterSearchPath)
     # First in the defaults list, so that `--cfg job` shows every field and not only those that a file sets.

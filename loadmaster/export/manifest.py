@@ -182,7 +182,7 @@ def exports_in(folder: Path) -> list[Path]:
 def gone_from(run_dir: Path) -> list[str]:
     """Formats that a run says it exported, and whose folders are not there; none where it says nothing of any."""
     try:
-        exports = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))["exports"]
+        exports = read_json(run_dir / "result.json")["exports"]
         return sorted(name for name in exports if not os.path.isdir(run_dir / "export" / name))
     except (OSError, ValueError, LookupError, TypeError):
         return []

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from loadmaster.config.compose import compose, read_job
 from loadmaster.config.fields import fields
+from loadmaster.config.hydra_app import run_app
 from loadmaster.config.hydra_sources import config_loader
 from loadmaster.config.jobhash import job_hash
 from loadmaster.config.overrides import assigned
@@ -120,6 +121,14 @@ def test_a_group_of_the_current_folder_and_one_of_config_dir_are_found(here: Pat
     assert (job.model.name, job.tracker.project) == ("my/model", "more")
 
 
+@pytest.mark.parametrize("name", ["own", "team/own"])
+def test_a_recipe_of_config_dir_needs_no_package_header_either(name: str, here: Path, capsys):
+    write(here / f"more/recipe/{name}.yaml", "seed: 5\n")
+    assert compose([f"recipe={name}"], config_dir="more").job.seed == 5
+    assert run_app(lambda composed: 0, ["--config-dir=more", f"recipe={name}", "--cfg", "job"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 5
+
+
 def test_add_delete_and_force_do_what_hydra_users_expect(here: Path):
     assert compose(["++lora.rank=5"]).job.lora.rank == 5
     assert compose(["+max_steps=5"]).job.max_steps == 5  # nothing there yet
@@ -187,14 +196,16 @@ def test_config_yaml_holds_the_job_and_is_read_back_equal(here: Path):
 
 
 def test_an_edited_config_yaml_is_refused_with_its_line(here: Path):
-    path = write(here / "config.yaml", "data: {path: a.jsonl}\nstop_after: plan\nlora:\n  rnk: 3\n")
+    text = yaml.safe_dump(compose(["stop_after=plan"]).resolved, sort_keys=False).replace("  rank: 16\n", "  rnk: 3\n")
+    path = write(here / "config.yaml", text)
     with pytest.raises(ConfigError) as caught:
         read_job(path)
     (problem,) = caught.value.problems
-    assert (problem.key, problem.origin, problem.remedy) == ("lora.rnk", f"{path}:4", "lora.rank: 3")
+    line = text.splitlines().index("  rnk: 3") + 1
+    assert (problem.key, problem.origin, problem.remedy) == ("lora.rnk", f"{path}:{line}", "lora.rank: 3")
 
 
-@pytest.mark.parametrize("text", ["[1]", "lora: [", "seed: \x00", None])
+@pytest.mark.parametrize("text", ["[1]", "3", "text", "", "lora: [", "[" * 5000, "seed: \x00", "seed: 1", None])
 def test_a_config_yaml_that_holds_no_job_is_named(text: str | None, here: Path):
     path = here / "config.yaml"
     if text is not None:

@@ -400,7 +400,9 @@ def test_rules_are_reported_beside_wrong_values_but_not_about_them():
     [
         ("lora:\n  rank: 3\n  rank: 4\n", "recipes/mine.yaml", "recipes/mine.yaml:3", "duplicate key rank", "keep one"),
         ("lora:\n  rank: 3\n alpha: 4\n", "recipes/mine.yaml", "recipes/mine.yaml:3", "not valid YAML", "indentation"),
-        ("- lora\n", "recipe/mine", "recipes/mine.yaml", "Cannot merge", "mend this file"),
+        ("- lora\n", "recipes/mine.yaml", "recipes/mine.yaml", "it holds no fields", "a line key: value"),
+        ("3\n", "recipes/mine.yaml", "recipes/mine.yaml", "it holds no fields", "a line key: value"),
+        ("seed: \0", "recipes/mine.yaml", "recipes/mine.yaml", "unacceptable character", "a line key: value"),
         ("defaults:\n  - override /model: tinny\n", "model", "recipes/mine.yaml:2", "there is no model of this name",
          "the options are llama2_13b, llama3_1_405b, llama3_1_70b, llama3_1_8b, smollm2_135m"),
         ("defaults:\n  - /tracker: [mlflow]\n  - override /model: tinny\n", "model", "recipes/mine.yaml:3",
@@ -423,6 +425,14 @@ def test_a_file_that_does_not_compose_is_named_with_its_line_beside_the_command_
     assert found[1].origin == origin
     assert message in found[1].message
     assert remedy in found[1].remedy
+
+
+def test_a_recipe_that_is_no_utf_8_is_named_and_not_a_shipped_file(here: Path):
+    recipe(here, "seed: 1\n")
+    (here / "recipes/mine.yaml").write_bytes("# Müller's\nseed: 1\n".encode("latin-1"))
+    (found,) = problems("recipe=mine")
+    assert (found.key, found.origin) == ("recipes/mine.yaml", "recipes/mine.yaml")
+    assert "can't decode byte 0xfc" in found.message
 
 
 @pytest.mark.parametrize("word", ["defalts", "default", "Defaults"])

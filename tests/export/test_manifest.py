@@ -183,9 +183,12 @@ def test_loadmaster_verify_says_which_export_of_a_run_is_gone(artifact, tmp_path
     captured = capsys.readouterr()
     assert captured.out == f"{run / 'int4'}: every file is as the manifest says\n"
     assert captured.err.startswith(f"{run / 'bf16'}: the run exported it, and it is not there; loadmaster export '")
-    for says_nothing_of_more in ('{"exports": {"int4": {}}}', '{"exports": null}', "[]", "{"):
+    for says_nothing_of_more in ('{"exports": {"int4": {}}}', '{"exports": null}', "[]", "{", "[" * 10_000):
         (run.parent / "result.json").write_text(says_nothing_of_more)
         assert main(["verify", str(run.parent)]) == 0
+    (run.parent / "result.json").unlink()
+    os.mkfifo(run.parent / "result.json")  # which would be waited for
+    assert main(["verify", str(run.parent)]) == 0
 
 
 def test_loadmaster_verify_names_the_file_with_a_flipped_bit_and_what_is_no_export(artifact, tmp_path, capsys):
