@@ -22,16 +22,16 @@ theirs (75: stopped with a checkpoint saved), and it leaves them the time that t
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 from loadmaster import starting
 
 if __name__ == "__main__":  # until the agent takes the signals
     starting.listen()
     starting.refuse_another_python()
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loadmaster.ending import ended
 from loadmaster.errors import LoadmasterError, StoppedOnRequest

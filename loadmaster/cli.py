@@ -16,6 +16,12 @@ The stages take the same words as train.py. For example:
 
 from __future__ import annotations
 
+from loadmaster import starting
+
+if __name__ == "__main__":  # as a job on another machine is started
+    starting.listen()
+    starting.refuse_another_python()
+
 import argparse
 import os
 import re
@@ -25,12 +31,6 @@ import sys
 from contextlib import chdir
 from pathlib import Path
 from typing import Any, NoReturn
-
-from loadmaster import starting
-
-if __name__ == "__main__":  # as a job on another machine is started
-    starting.listen()
-    starting.refuse_another_python()
 
 from loadmaster import __version__, chat_command, collector, hub, processors
 from loadmaster.config.fields import nearest
@@ -76,7 +76,6 @@ MORE_HELP = "\nfields, groups and recipes: python train.py --help, and docs/conf
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    starting.over(signal.SIGINT)
     starting.number_cards_as_the_driver()  # for serve-check and doctor as for what they are asked about
     processors.settle()
     hub.quieten()
@@ -86,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         starting.over(signal.SIGTERM, signal.SIGHUP)
         collector.resume()
     try:
+        starting.over(signal.SIGINT)
         if arguments.in_folder:
             refuse_gone_folder()
         if arguments.takes_words:
@@ -103,9 +103,18 @@ def main(argv: list[str] | None = None) -> int:
             raise
         said = LoadmasterError(f"{error}: make room where the output goes to, and what the command writes")
         return show_error(said)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not _is_ctrl_c(error):
+            raise
         print("\nstopped", file=sys.stderr)
         return 130
+
+
+def _is_ctrl_c(error: BaseException | None) -> bool:
+    """Also where a library stumbled as it gave way to it, and raised an error of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class _Parser(argparse.ArgumentParser):

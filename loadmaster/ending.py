@@ -29,6 +29,8 @@ def ended(code: int) -> int:
     end of a session that begins with its terminal's, would kill it and put its own code in the place of 75."""
     if code == StoppedOnRequest.exit_code:
         heed_no_more_requests()
+    elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C then ends it without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     collector.leave()
     return code
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
-_before: dict[int, Any] = {}
+_before: dict[int, object] = {}
 
 
 def refuse_another_python() -> None:
     """For an entry point alone: where the environment was not activated, that is said, not which module is missing."""
+    from importlib.util import find_spec  # after listen(): until then Ctrl-C is a traceback
+    from pathlib import Path
+
     if find_spec("hydra") is None:
         print(
             f"error: {sys.executable} has none of the packages that loadmaster needs\n"

@@ -128,7 +128,8 @@ def _bad_yaml(error: yaml.MarkedYAMLError) -> Problem:
 def _no_settings(loader: ConfigLoaderImpl, error: NoSettings) -> Problem:
     file = file_of(loader, error.config_path)
     name = display_path(file) if file else error.config_path
-    return Problem(name, None, name, f"cannot be read: {error.why}", "a file of settings is YAML with a line key: value")
+    remedy = "a file of settings is YAML, with a line key: value for each"
+    return Problem(name, None, name, f"cannot be read: {error.why}", remedy)
 
 
 def _missing_file(

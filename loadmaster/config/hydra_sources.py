@@ -56,8 +56,9 @@ class FileSource(FileConfigSource):
         try:
             loaded = super().load_config(self._inside(config_path) or "")
         except (OSError, UnicodeDecodeError, ReaderError) as error:  # which name no file, or would be a traceback
-            no_fields = isinstance(error, OSError) and error.errno is None  # OmegaConf's, of a number
-            raise NoSettings(config_path, "it holds no fields" if no_fields else " ".join(str(error).split())) from error
+            of_a_number = isinstance(error, OSError) and error.errno is None  # OmegaConf's
+            why = "it holds no fields" if of_a_number else " ".join(str(error).split())
+            raise NoSettings(config_path, why) from error
         if not isinstance(loaded.config, DictConfig):
             raise NoSettings(config_path, "it holds no fields")
         if config_path.startswith(f"{GROUP}/"):

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 
-from loadmaster import worker
+from loadmaster import cli, starting, worker
 from loadmaster.config.schema import DataConfig, Job, LaunchConfig
 from loadmaster.ending import STOPS
 from loadmaster.errors import LoadmasterError, StoppedOnRequest
@@ -240,3 +241,50 @@ sys.exit(ended(75))
         for how in ("enters", "imports")
     ]
     assert codes == [75, -signal.SIGINT]
+
+
+@pytest.mark.parametrize("when", ["cli._parser = lambda: os.kill(os.getpid(), signal.SIGINT)", "atexit.register(stop)"])
+def test_ctrl_c_before_a_command_begins_and_as_it_leaves_is_no_traceback(when: str, tmp_path):
+    script = f"""
+import atexit, os, signal, sys
+from loadmaster import starting
+starting.listen()
+from loadmaster import cli
+from loadmaster.ending import ended
+def stop(): os.kill(os.getpid(), signal.SIGINT)
+{when}
+sys.exit(ended(cli.main(["runs"])))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(starting.__file__).parents[1])}
+    left = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert left.returncode == -signal.SIGINT and "Traceback" not in left.stderr and "Exception" not in left.stderr
+
+
+def test_ctrl_c_that_a_library_makes_an_error_of_its_own_is_still_one(monkeypatch, capsys):
+    def stumbles(arguments):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            len(None)  # as OmegaConf gives way
+
+    monkeypatch.setattr(cli, "_runs", stumbles)
+    assert cli.main(["runs"]) == 130 and capsys.readouterr().err == "\nstopped\n"
+    monkeypatch.setattr(cli, "_runs", lambda arguments: len(None))
+    with pytest.raises(TypeError):
+        cli.main(["runs"])
+
+
+@pytest.mark.parametrize("entry", ["train.py", "launch/torchrun.py", "loadmaster/__main__.py", "loadmaster/cli.py"])
+def test_an_entry_point_takes_the_signals_before_it_imports_what_takes_long(entry: str):
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from loadmaster import starting
+def listen(): sys.exit(" ".join(sys.modules))
+starting.listen = listen
+exec(compile(open({str(ROOT / entry)!r}).read(), {entry!r}, "exec"), {{"__name__": "__main__"}})
+"""
+    done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not {"argparse", "dataclasses", "pathlib", "re", "typing"} & {*done.stderr.split()}
