@@ -57,8 +57,10 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a full disk, for one
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     _fsync_folder(path.parent)
 

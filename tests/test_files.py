@@ -28,6 +28,17 @@ from loadmaster.files import (
 )
 
 
+def test_a_disk_that_is_full_from_the_start_is_named_by_what_could_not_be_written(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of an open file: without its name
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as caught:
+        write_json(tmp_path / "stages.json", {})
+    assert str(disk_error(caught.value)).startswith(f"[Errno 28] No space left on device: '{tmp_path / 'stages.json'}'; ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_json_that_is_nested_too_deeply_is_refused_as_no_json(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="nested too deeply"):
