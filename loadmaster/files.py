@@ -186,7 +186,9 @@ def disk_error(error: BaseException) -> LoadmasterError | None:
     of something else.
     """
     if is_full_disk(error):
-        return LoadmasterError(f"{error}; {DISK_REMEDY}")
+        of_output = isinstance(error, OSError) and error.filename is None  # write_bytes() gives names
+        remedy = f"make room where the output goes to, or {DISK_REMEDY}" if of_output else DISK_REMEDY
+        return LoadmasterError(f"{error}; {remedy}")
     if not isinstance(error, OSError):
         return None
     of_files = error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)

@@ -35,8 +35,15 @@ def test_a_disk_that_is_full_from_the_start_is_named_by_what_could_not_be_writte
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError) as caught:
         write_json(tmp_path / "stages.json", {})
-    assert str(disk_error(caught.value)).startswith(f"[Errno 28] No space left on device: '{tmp_path / 'stages.json'}'; ")
+    said = str(disk_error(caught.value))
+    assert said.startswith(f"[Errno 28] No space left on device: '{tmp_path / 'stages.json'}'; set run_dir")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_without_a_name_may_be_that_of_the_output():
+    with pytest.raises(OSError) as caught, open("/dev/full", "w") as output:
+        print("step 1", file=output, flush=True)
+    assert "; make room where the output goes to, or set run_dir" in str(disk_error(caught.value))
 
 
 def test_json_that_is_nested_too_deeply_is_refused_as_no_json(tmp_path):
