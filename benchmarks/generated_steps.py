@@ -5,10 +5,10 @@ what the preflight counts of them: without a GPU, in some ten seconds a case.
     python benchmarks/generated_steps.py '[{"model": "Qwen/Qwen3-0.6B", "method": "full", "tokens": 2048}]'
     python benchmarks/generated_steps.py --json ...
 
-A case has a model of the catalogue, tokens of a row, and fields of the preflight's Setup (method, precision, micro_batch_size, checkpointing,
-lora_targets, lora_dropout, dora, ...). What is there once a step, as what a layer's backward pass has inside, is ten
-times the share of 3 layers that it is of a whole model: a count some per cent high here is some tenths high there. A
-low one is an error.
+A case has a model of the catalogue, tokens of a row, and fields of the preflight's Setup (method, precision,
+micro_batch_size, checkpointing, lora_targets, lora_dropout, dora, ...). What is there once a step, as what a layer's
+backward pass has inside, is ten times the share of 3 layers that it is of a whole model: a count some per cent high
+here is some tenths high there. A low one is an error.
 """
 
 from __future__ import annotations
