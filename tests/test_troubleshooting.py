@@ -48,7 +48,8 @@ def test_every_setting_that_is_named_exists() -> None:
     fields = {key for name, part in job.items() for key in leaves(name, part)} | {"launch", "hardware", "data"}
     spans = [quoted for quoted in re.findall(r"`([^`]+)`", PAGE) if quoted not in MESSAGES]
     named = {found for span in spans for found in re.findall(r"(?<![\w.-])([a-z_.]+)(?=[.A-Z_]*=)", span)}
-    named |= {span for span in spans if re.fullmatch(r"[a-z]+\.[a-z_]+", span)} - {"plan.json", "report.html"}
+    files = {"plan.json", "report.html", "config.yaml"}
+    named |= {span for span in spans if re.fullmatch(r"[a-z]+\.[a-z_]+", span)} - files
     assert named >= {"plan.reserve", "launch.grace_s", "objective", "hardware"}
     assert {name.rstrip(".") for name in named} <= fields | {"launch.secrets", "export.thresholds"}
 

@@ -63,7 +63,8 @@ def run_app(
     if "--version" in arguments:  # Hydra would name its own
         print(f"loadmaster {__version__}")
         return 0
-    arguments = ["launch.dry_run=true" if argument == "--dry-run" else argument for argument in arguments]
+    if "--dry-run" in arguments:  # of several values the last counts: nothing undoes this one
+        arguments = [*(word for word in arguments if word != "--dry-run"), "launch.dry_run=true"]
     arguments = _with_what_to_show(arguments)
     try:
         flags, for_hydra, checked = check_command(arguments, own_flags)

@@ -58,6 +58,14 @@ def test_the_task_gets_the_composed_job_and_hydra_writes_nothing(here: Path):
     assert Path.cwd() == here
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_nothing_undoes_a_dry_run(before: bool):
+    task, flag, setting = Recorder(), "--dry-run", "launch.dry_run=false"
+    words = [flag, setting] if before else [setting, flag]
+    assert run_app(task, ["recipe=lora_8b", "launch=runpod", *words]) == 0
+    assert task.jobs[0].job.launch.dry_run
+
+
 def test_without_a_word_it_is_the_smoke_recipe():
     """What `make smoke` and the first line of three pages start."""
     task = Recorder()

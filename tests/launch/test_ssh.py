@@ -281,6 +281,7 @@ def test_hosts_that_do_not_share_the_folder_are_refused(hosts, monkeypatch):
         (["launch.hosts=['u@h:0']"], "ports go from 1 to 65535"),
         (["launch.hosts=[node0,node0]"], "names a host twice"),
         (["launch.hosts=[node0,node1]", "launch.nodes=3"], "launch.hosts names 2"),
+        (["launch.hosts=[node0]", "launch.ssh_config=nope", "launch.dry_run=true"], "is no file"),
         (["launch.hosts=[node0]", "launch.max_usd=3"], "has no effect with launch=ssh"),
         (["launch.hosts=[node0]", "launch.secrets.HF_TOKEN=NOT_SET_HERE"], "is not set in the environment here"),
         (["launch.hosts=[node0]", "launch.env.HF_TOKEN=abc"], r"launch\.secrets\.HF_TOKEN=HF_TOKEN"),
