@@ -98,16 +98,14 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # what reads the output has seen enough (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if _is_ctrl_c(error):
+            print("\nstopped", file=sys.stderr)
+            return 130
         if not is_full_disk(error):
             raise
         said = LoadmasterError(f"{error}: make room where the output goes to, and what the command writes")
         return show_error(said)
-    except (KeyboardInterrupt, Exception) as error:
-        if not _is_ctrl_c(error):
-            raise
-        print("\nstopped", file=sys.stderr)
-        return 130
 
 
 def _is_ctrl_c(error: BaseException | None) -> bool:

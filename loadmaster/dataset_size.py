@@ -48,9 +48,12 @@ def dataset_tokens(job: Job) -> int | None:
     most = max(LEAST_WEIGHED, ROWS_WEIGHED // len(looked_into))
     system = system_tokens(job.model)
     weighed = {file: weighed_rows(job, file, most, system) for file in looked_into}
+    known, sized = sum(rows for rows, _ in weighed.values()), dict(sizes)
+    a_byte = known / max(1, sum(sized[file] for file in looked_into))
+    mean = sum(map(math.prod, weighed.values())) / known
     tokens, left = 0.0, job.data.max_rows or math.inf
     for file, size in sizes:
-        rows, each = weighed.get(file) or _unread(file, size)
+        rows, each = weighed.get(file) or (size * a_byte, mean)  # files that are too many are like the first
         tokens += min(rows, left) * each
         left -= min(rows, left)
     return max(1, round(tokens))
@@ -80,7 +83,7 @@ def row_tokens(job: Job, row: dict[str, Any], system: float) -> float:
     else:
         of_tools = text_tokens(as_text(chat.tools)) if chat.tools else 0
         pieces = [of_tools + _chat_tokens(turns, system) for turns in _chats(chat)]
-    if max(pieces) <= job.sequence_length or data.on_long_row == "split":
+    if sum(pieces) <= job.sequence_length or data.on_long_row in ("split", "refuse"):
         return sum(pieces)
     return job.sequence_length if job.objective == "sft" and data.on_long_row == "cut" else 0
 

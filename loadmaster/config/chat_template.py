@@ -41,8 +41,12 @@ def opening(template: str) -> str | None:
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: f"{datetime.date.today():{form}}"}
     turns = [{"role": "assistant" if said == "<2>" else "user", "content": said} for said in ("<1>", "<2>", "<3>")]
     try:
-        text = environment.from_string(template).render(messages=turns, bos_token="", eos_token="")
+        text = environment.from_string(template).render(
+            messages=turns, tools=None, documents=None, add_generation_prompt=False, bos_token="", eos_token=""
+        )
     except Exception:  # whatever a template's own code raises, the complaints of a template among it
+        return None
+    if "<1>" not in text:
         return None
     first, later = text.partition("<1>")[0], text.partition("<2>")[2].partition("<3>")[0]
     return first[: next(end for end in range(len(first) + 1) if later.endswith(first[end:]))]

@@ -54,7 +54,7 @@ def _sized_json(file: Path) -> Iterator[tuple[Any, int]]:
     with open(file, "rb") as opened:
         text = opened.read(SOON_READ).decode("utf-8-sig", errors="replace")
     found = LIST.match(text) if file.suffix.lower() == ".json" else None
-    if found is None or found[1] in ROW_FIELDS:
+    if found is None or found[1] in ROW_FIELDS or (found[1] is not None and _by_line(text)):
         for line in text.split("\n"):
             if line.strip():
                 try:
@@ -70,6 +70,15 @@ def _sized_json(file: Path) -> Iterator[tuple[Any, int]]:
         except UNREADABLE:  # the list's end, a broken row, or one that is cut
             return
         yield row, len(text[start:end].encode())
+
+
+def _by_line(text: str) -> bool:
+    """Whether its first line is a whole row, and more come: not one object that holds them."""
+    first, _, rest = text.lstrip().partition("\n")
+    try:
+        return bool(rest.strip()) and isinstance(json.loads(first), dict)
+    except UNREADABLE:
+        return False
 
 
 def _rows_of_parquet(file: Path, read: int) -> float:

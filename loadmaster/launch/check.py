@@ -135,7 +135,8 @@ def _by_ssh(job: Job) -> Found:
     yield from _folders(job)
     config = job.launch.ssh_config
     if config is not None and (not os.path.exists(local_path(config)) or os.path.isdir(local_path(config))):
-        yield "launch.ssh_config", config, "is no file", "a file like ~/.ssh/config, or null: your own"
+        remedy = "a file like ~/.ssh/config, /dev/null for none, or null: your own"
+        yield "launch.ssh_config", config, "is no file", remedy
     if not job.launch.hosts:
         yield "launch.hosts", [], "names no host", "launch.hosts=[user@host,user@host:2222]"
     for host in job.launch.hosts:

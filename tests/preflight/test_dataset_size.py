@@ -41,6 +41,20 @@ def test_large_json_is_weighed_by_its_first_rows(written, by_line, tmp_path) -> 
     assert tokens(file) == pytest.approx(by_line, rel=0.01)
 
 
+@pytest.mark.parametrize("key", ["tags", "tools"])
+def test_a_list_in_each_line_is_not_the_lists_of_rows(key, by_line, tmp_path) -> None:
+    (file := tmp_path / "rows.json").write_text("".join(json.dumps({key: [], **row}) + "\n" for row in ROWS))
+    assert tokens(file) == pytest.approx(by_line, rel=0.01)
+
+
+def test_files_that_are_too_many_to_look_into_are_like_the_first(tmp_path) -> None:
+    for number in range(250):
+        (tmp_path / f"{number:03}.jsonl").write_text((json.dumps({"text": "a word or two " * 10}) + "\n") * 4)
+    each = text_tokens("a word or two " * 10) + 1
+    for words, rows in (([], 1000), (["data.max_rows=900"], 900)):
+        assert tokens(tmp_path, *words) == pytest.approx(rows * each, rel=0.001)
+
+
 def test_a_character_is_one_whether_it_is_escaped_or_not(tmp_path) -> None:
     rows = [{"text": f"包裹在路上 {n}"} for n in range(100)]
     (plain := tmp_path / "plain.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
@@ -99,7 +113,7 @@ def test_rows_are_counted_over_files_up_to_the_most(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("words", "share"), [
-    ([], 0.5), (["data.on_long_row=split"], 1), (["data.on_long_row=drop"], 0),
+    ([], 0.5), (["data.on_long_row=split"], 1), (["data.on_long_row=drop"], 0), (["data.on_long_row=refuse"], 1),
 ])  # fmt: skip
 def test_what_is_cut_off_or_left_out_is_not_planned_for(words, share, tmp_path) -> None:
     text = "a word or two " * 400
@@ -109,6 +123,14 @@ def test_what_is_cut_off_or_left_out_is_not_planned_for(words, share, tmp_path) 
     assert tokens(file, f"sequence_length={length}", *words) == pytest.approx(expected, rel=0.002)
 
 
+def test_a_pair_is_as_long_as_both_of_its_answers(tmp_path) -> None:
+    pair = {"prompt": "Where is it?", "chosen": "on its way " * 20, "rejected": "who knows " * 20}
+    (file := tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 50)
+    both = tokens(file, "objective=dpo") / 50
+    assert tokens(file, "objective=dpo", f"sequence_length={round(both * 1.1)}") == round(both * 50)
+    assert tokens(file, "objective=dpo", f"sequence_length={round(both * 0.8)}") == 1
+
+
 BY_TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 BRIEF = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}" + BY_TURNS
 
@@ -116,6 +138,7 @@ BRIEF = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_
 @pytest.mark.parametrize(("template", "begins"), [
     (BY_TURNS, ""), (BRIEF, "<|im_start|>system\nBe brief."), ("{{ bos_token }}" + BY_TURNS, ""),
     ("{% generation %}{% endgeneration %}{{ strftime_now('%%') }} on." + BY_TURNS, "% on."),
+    ("{% if tools is not none %}Tools.{% endif %}" + BY_TURNS, ""), ("{{ messages[0].content[0].text }}", None),
     ("{{ raise_exception('no') }}", None), ("{% for", None), ("{{ messages[9].role.name }}", None),
 ])  # fmt: skip
 def test_what_a_template_writes_in_place_of_a_system_message(template, begins) -> None:
